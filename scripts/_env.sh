@@ -1,0 +1,112 @@
+# Shared by the other scripts: source it, do not run it. It defines functions and does nothing else.
+#
+# Settings (environment variables):
+#   VLM2VLA_PYTHON           the Python to build environments with (default: the first of python3.11 .. python3 that is 3.11 or newer)
+#   VLM2VLA_TORCH_INDEX_URL  an extra package index for torch, for example PyTorch's index of CPU builds; pip's own
+#                            settings (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL, pip.conf) are honoured too
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+DEV_TOOLS=(ruff mypy pytest pytest-timeout hypothesis import-linter)
+GL_PACKAGES="libegl1 libegl-mesa0 libgl1-mesa-dri libgl1"
+
+say() { printf '%s\n' "$*"; }
+die() { printf 'error: %s\n' "$*" >&2; exit 2; }
+is_debian() { [ -r /etc/os-release ] && grep -qiE '^ID(_LIKE)?=.*(debian|ubuntu)' /etc/os-release && command -v apt-get >/dev/null; }
+
+# Prints the path of a Python >= 3.11 that can make virtual environments, or explains how to get one.
+find_python() {
+    local name path
+    for name in "${VLM2VLA_PYTHON:-}" python3.11 python3.12 python3.13 python3 python; do
+        [ -n "$name" ] || continue
+        path="$(command -v "$name" 2>/dev/null)" || continue
+        if "$path" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
+            "$path" -c 'import sys; print(sys.executable)'
+            return 0
+        fi
+    done
+    {
+        say "error: no Python 3.11 or newer with the venv module was found."
+        if is_debian; then say "  install one:  sudo apt-get install python3.11 python3.11-venv   (or python3 python3-venv on newer releases)"; fi
+        say "  or install it from python.org, conda or pyenv, and point VLM2VLA_PYTHON at it."
+    } >&2
+    return 2
+}
+
+has_library() { { ldconfig -p 2>/dev/null || /sbin/ldconfig -p 2>/dev/null; } | grep -q "$1"; }
+
+# The twin's camera renders without a screen: by EGL (Mesa's or a GPU driver's) or by OSMesa.
+check_opengl() {
+    [ "$(uname -s)" = Linux ] || return 0
+    if has_library 'libOSMesa\.so'; then return 0; fi
+    if has_library 'libEGL\.so\.1' && compgen -G '/*/glvnd/egl_vendor.d/*.json' >/dev/null; then return 0; fi
+    if has_library 'libEGL\.so\.1' && compgen -G '/usr/share/glvnd/egl_vendor.d/*.json' >/dev/null; then return 0; fi
+    if is_debian && [ "$(id -u)" = 0 ]; then
+        say "Installing the libraries for rendering without a screen: $GL_PACKAGES"
+        # shellcheck disable=SC2086
+        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-upgrade --no-install-recommends $GL_PACKAGES; } >&2 \
+            || die "apt-get could not install $GL_PACKAGES"
+        return 0
+    fi
+    {
+        say "error: no OpenGL library for rendering without a screen (EGL or OSMesa) was found."
+        if is_debian; then say "  install it:  sudo apt-get install -y $GL_PACKAGES"; else
+            say "  install Mesa's EGL from your distribution (Fedora: mesa-libEGL mesa-dri-drivers; Arch: mesa)."; fi
+    } >&2
+    return 2
+}
+
+# pip with the pinned versions; says nothing unless it fails.
+pip_install() {
+    local venv="$1"; shift
+    local extra=()
+    [ -n "${VLM2VLA_TORCH_INDEX_URL:-}" ] && extra=(--extra-index-url "$VLM2VLA_TORCH_INDEX_URL")
+    PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip install -q --no-input -c "$ROOT/constraints.txt" "${extra[@]}" "$@" \
+        || die "pip could not install $* (are the package index and, for torch, VLM2VLA_TORCH_INDEX_URL right?)"
+}
+
+# What an environment was made from; when this changes, it is brought up to date.
+fingerprint() {
+    local python="$1"; shift
+    { cat "$ROOT/constraints.txt" "$ROOT"/{shared_schema,twin,server,client,training}/pyproject.toml
+      "$python" -c 'import sys; print(sys.version)'; say "$ROOT" "$@"; } | cksum | tr ' \t' '--'
+}
+
+make_venv() {
+    local venv="$1" python
+    [ -x "$venv/bin/python" ] && "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && return 0
+    python="$(find_python)" || exit 2
+    say "Making $venv with $("$python" --version)"
+    "$python" -m venv --clear "$venv" || die "could not make the virtual environment $venv"
+}
+
+# A machine without an NVIDIA GPU should not download 3 GB of CUDA libraries without being told.
+warn_about_cuda_torch() {
+    [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && [ -z "${VLM2VLA_TORCH_INDEX_URL:-}" ] || return 0
+    case "$("$1/bin/python" -m pip config list 2>/dev/null)$(env | grep -i '^PIP_' || true)" in *find-links*|*FIND_LINKS*|*torch*|*pytorch*) return 0 ;; esac
+    say "note: this machine has no NVIDIA GPU, and pip's default torch for Linux carries CUDA (about 3 GB). To get the CPU"
+    say "      build instead, set VLM2VLA_TORCH_INDEX_URL to PyTorch's CPU index (pytorch.org, Get Started, Compute platform CPU)."
+}
+
+# The one environment at the root: all five distributions, editable, with the transformers engine and the simulator.
+# Argument "dev" adds the linters and pytest. Quick when nothing changed since the last time.
+setup_env() {
+    local level="$1" venv="$ROOT/.venv" mark stamp
+    check_opengl || exit 2
+    make_venv "$venv" || exit 2
+    stamp="$(fingerprint "$venv/bin/python" "${DEV_TOOLS[@]}")"
+    for mark in "$venv/.vlm2vla-dev" "$venv/.vlm2vla-$level"; do
+        [ "$(cat "$mark" 2>/dev/null)" = "$stamp" ] && return 0
+    done
+    say "Installing the five packages and what they need into .venv (a few minutes, once) ..."
+    warn_about_cuda_torch "$venv"
+    # setuptools first: the packages are then built without an isolated environment each.
+    pip_install "$venv" setuptools
+    local wanted=(-e "$ROOT/shared_schema" -e "$ROOT/twin[sim]" -e "$ROOT/server[transformers]" -e "$ROOT/client[sim]"
+                  -e "$ROOT/training[sim,train]")
+    [ "$level" = dev ] && wanted+=("${DEV_TOOLS[@]}")
+    pip_install "$venv" --no-build-isolation "${wanted[@]}"
+    printf '%s' "$stamp" > "$venv/.vlm2vla-$level"
+}
+
+# A port that nobody listens on just now.
+free_port() { "$ROOT/.venv/bin/python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
