@@ -1,0 +1,100 @@
+import pytest
+from training_fakes import EGGPLANT_FISH, PICK, PLACE, RETRY, Segment, episode_of
+
+from vlm2vla_training.annotation.base import AnnotatedEpisode
+from vlm2vla_training.annotation.instruction import Goal, parse_instruction
+from vlm2vla_training.annotation.rules import RulesAnnotator
+
+
+def titles(segments: list[Segment], instruction: str, noise_m: float = 0.0, seed: int = 0) -> list[str]:
+    annotated = RulesAnnotator().annotate(episode_of(segments, instruction, noise_m=noise_m, seed=seed))
+    assert annotated.audit["covered"] and annotated.audit["actions_match"] and annotated.audit["begins_with_move"]
+    return [step.step_description for step in annotated.steps]
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("noise_m", [0.0, 0.001, 0.002])
+def test_pick(noise_m: float, seed: int) -> None:
+    assert titles(PICK, "pick up the carrot", noise_m, seed) == ["Move to Carrot", "Grasp Carrot", "Lift Carrot"]
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("noise_m", [0.0, 0.001, 0.002])
+def test_place(noise_m: float, seed: int) -> None:
+    assert titles(PLACE, "put the carrot on the yellow plate", noise_m, seed) == [
+        "Move to Carrot",
+        "Grasp Carrot",
+        "Lift Carrot",
+        "Move Carrot to Yellow Plate",
+        "Lower Carrot to Yellow Plate",
+        "Release Carrot",
+    ]
+
+
+def test_compound() -> None:
+    assert titles(EGGPLANT_FISH, "put the eggplant in the pan, then lift the fish") == [
+        "Move to Eggplant",
+        "Grasp Eggplant",
+        "Lift Eggplant",
+        "Move Eggplant to Pan",
+        "Lower Eggplant to Pan",
+        "Release Eggplant",
+        "Move to Fish",
+        "Grasp Fish",
+        "Lift Fish",
+    ]
+
+
+def test_a_failed_grasp_is_a_second_grasp_step() -> None:
+    episode = episode_of(RETRY, "pick up the carrot")
+    annotated = RulesAnnotator().annotate(episode)
+    assert [step.step_description for step in annotated.steps] == [
+        "Move to Carrot",
+        "Grasp Carrot",
+        "Grasp Carrot",
+        "Lift Carrot",
+    ]
+    assert annotated.steps[2].main_movements == (
+        "Open the gripper, then move up, then move slightly left and down, then close the gripper."
+    )
+    assert annotated.audit["notes"]
+
+
+def test_boundaries_of_pick() -> None:
+    steps = RulesAnnotator().annotate(episode_of(PICK, "pick up the carrot")).steps
+    assert (steps[0].first, steps[-1].last) == (0, sum(segment[4] for segment in PICK) - 1)
+    assert abs(steps[0].last - 6) <= 1
+    assert (steps[1].last, steps[2].first) == (15, 16)
+    assert steps[0].main_movements == "Move far forward, slightly left and slightly down, gripper stays open."
+    assert steps[1].main_movements.endswith("then close the gripper.")
+    assert steps[2].main_movements == "Move far up, gripper stays closed."
+
+
+def test_no_gripper_event_is_one_approach() -> None:
+    assert titles([(0.1, 0.0, 0.0, 1, 5)], "push the blue cup") == ["Move to Blue Cup"]
+
+
+@pytest.mark.parametrize(
+    ("text", "goals"),
+    [
+        ("pick up the carrot", [Goal("pick up", "Carrot", None)]),
+        ("Put the carrot on the yellow plate.", [Goal("put", "Carrot", "Yellow Plate")]),
+        (
+            "put the eggplant in the pan, then lift the fish",
+            [Goal("put", "Eggplant", "Pan"), Goal("lift", "Fish", None)],
+        ),
+        ("pick up the carrot and put it on the plate", [Goal("put", "Carrot", "Plate")]),
+        ("move the pot to the sink", [Goal("move", "Pot", "Sink")]),
+        ("take the spoon out of the drawer", [Goal("take", "Spoon", None)]),
+        ("open the silver pot", [Goal("open", "Silver Pot", None)]),
+        ("put salt and pepper into the pan", [Goal("put", "Salt and Pepper", "Pan")]),
+        ("", [Goal("handle", "Object", None)]),
+    ],
+)
+def test_instructions(text: str, goals: list[Goal]) -> None:
+    assert parse_instruction(text) == goals
+
+
+def test_json_round_trip() -> None:
+    annotated = RulesAnnotator().annotate(episode_of(PLACE, "put the carrot on the yellow plate"))
+    assert AnnotatedEpisode.from_json(annotated.to_json()) == annotated
