@@ -1,0 +1,1 @@
+"""What answers for the robot: the server, the twin's scripted expert, or chance."""

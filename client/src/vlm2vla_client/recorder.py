@@ -1,0 +1,240 @@
+"""One folder an episode: everything needed to read, replay and learn from it.
+
+``events.jsonl``   append-only, one JSON object a line, flushed line by line: ``seq``, ``t_s`` (monotonic clock of this
+                   process, seconds), ``event`` and the event's own fields. A crash loses at most the last line.
+``frames/NNNNNN.jpg``  the pictures, exactly as the policy was shown them; events name them by number.
+``limits.json``    the safety limits in force.
+``summary.json``   written once, at the end, atomically; absent after a crash.
+``episode.gif``, ``view.html``  for people; made from the above.
+
+Events: ``episode`` (first line: task, config, policy), ``request``, ``subtasks``, ``plan``, ``row``, ``answer`` (with
+raw text), ``dropped``, ``step`` (a row about to move: its frame, the arm's state [x y z roll pitch yaw gripper] and the
+action [dx dy dz droll dpitch dyaw gripper]), ``decision``, ``substep``, ``chunk``, ``verdict``, ``hold``, ``error``,
+``end``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import Enum
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from vlm2vla_client.errors import RecordingError
+from vlm2vla_schema.images import encode_jpeg
+from vlm2vla_schema.types import Frame
+
+FORMAT = 1
+MAX_LINE_BYTES = 4 << 20
+MAX_REMEMBERED_FRAMES = 64
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON can carry it: arrays become lists, a number that is not finite becomes its name in a string."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return plain(value.value)
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    if isinstance(value, float):
+        return round(value, 9) if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, frozenset | set):
+        return sorted((plain(item) for item in value), key=str)
+    if isinstance(value, Sequence):
+        return [plain(item) for item in value]
+    return str(value)
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """Writes ``value`` so that a reader sees the old file or the whole new one, also after a power cut."""
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(plain(value), file, indent=1, ensure_ascii=False, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def new_episode_folder(parent: Path, task: str) -> Path:
+    """A fresh folder ``<utc time>-<task>`` under ``parent``; never one that exists.
+
+    Raises:
+        RecordingError: the folder cannot be made.
+    """
+    slug = re.sub(r"\W+", "_", task.strip().lower()).strip("_")[:40].rstrip("_") or "episode"
+    stem = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{slug}"
+    for attempt in range(1000):
+        folder = parent / (stem if attempt == 0 else f"{stem}-{attempt + 1}")
+        try:
+            folder.mkdir(parents=True, exist_ok=False)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise RecordingError(f"cannot make a recording folder under {parent}: {error}; give --record DIR") from None
+        return folder
+    raise RecordingError(f"{parent} holds a thousand episodes named {stem}; give another --record DIR")
+
+
+class Recorder:
+    """Writes one episode; safe to call from several threads; never blocks longer than the disk does."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._frames = folder / "frames"
+        self._lock = threading.Lock()
+        self._seq = 0
+        self._frame_count = 0
+        self._frame_numbers: dict[str, int] = {}
+        try:
+            self._frames.mkdir(parents=True, exist_ok=True)
+            self._file = (folder / "events.jsonl").open("xb")
+        except OSError as error:
+            raise RecordingError(f"cannot record into {folder}: {error}; give --record DIR") from None
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Appends one event and flushes it; ignored once the recorder is closed."""
+        with self._lock:
+            if self._file.closed:
+                return
+            line = {"seq": self._seq, "t_s": round(time.monotonic(), 6), "event": kind}
+            line.update(plain(fields))
+            self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n")
+            self._file.flush()
+            self._seq += 1
+
+    def frame(self, frame: Frame) -> int:
+        """Stores a frame as JPEG and returns its number; the same ``frame_id`` is stored once."""
+        with self._lock:
+            known = self._frame_numbers.get(frame.frame_id)
+            if known is not None:
+                return known
+            number = self._frame_count
+            path = self._frames / f"{number:06d}.jpg"
+            temporary = path.with_suffix(".part")
+            temporary.write_bytes(encode_jpeg(frame.image))
+            os.replace(temporary, path)
+            self._frame_count += 1
+            self._frame_numbers[frame.frame_id] = number
+            while len(self._frame_numbers) > MAX_REMEMBERED_FRAMES:
+                self._frame_numbers.pop(next(iter(self._frame_numbers)))
+            return number
+
+    def limits(self, limits: Any) -> None:
+        """Writes ``limits.json``."""
+        write_json_atomic(self.folder / "limits.json", limits)
+
+    def summary(self, summary: Any) -> None:
+        """Writes ``summary.json`` (atomic: it is whole or absent)."""
+        write_json_atomic(self.folder / "summary.json", summary)
+
+    def close(self) -> None:
+        """Syncs and closes ``events.jsonl``; may be called twice."""
+        with self._lock:
+            if not self._file.closed:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._file.close()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class RecordedEpisode:
+    """An episode read back from its folder.
+
+    Attributes:
+        header: the first event (task, config, policy); empty when the crash came before it.
+        events: every whole line, in order.
+        summary: ``summary.json``, or None when the episode never ended.
+        truncated: the last line was torn by a crash and left out.
+    """
+
+    folder: Path
+    header: dict[str, Any]
+    events: list[dict[str, Any]]
+    summary: dict[str, Any] | None
+    limits: dict[str, Any] | None
+    truncated: bool
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def task(self) -> str:
+        """The task as it was given, or "" when unknown."""
+        return str(self.header.get("task", ""))
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        """The events of one kind, in order."""
+        return [event for event in self.events if event.get("event") == kind]
+
+    def frame_path(self, number: int) -> Path:
+        """The file of frame ``number``."""
+        return self.folder / "frames" / f"{number:06d}.jpg"
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecordingError(f"{path} is not readable JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise RecordingError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def read_episode(folder: Path) -> RecordedEpisode:
+    """Reads an episode folder, also one whose writer was killed.
+
+    Raises:
+        RecordingError: no ``events.jsonl``, or a line before the last one is damaged.
+    """
+    path = folder / "events.jsonl"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RecordingError(f"{folder} is not an episode folder: {error}") from None
+    lines = data.split(b"\n")
+    torn = lines.pop()  # what follows the last newline: empty, or a line that a crash cut
+    events: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            event = None
+        if not isinstance(event, dict) or len(line) > MAX_LINE_BYTES:
+            raise RecordingError(f"{path}, line {number} is damaged")
+        events.append(event)
+    header = events[0] if events and events[0].get("event") == "episode" else {}
+    return RecordedEpisode(
+        folder=folder,
+        header=header,
+        events=events,
+        summary=_read_json(folder / "summary.json"),
+        limits=_read_json(folder / "limits.json"),
+        truncated=bool(torn),
+    )
