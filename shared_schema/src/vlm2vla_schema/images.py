@@ -1,0 +1,122 @@
+"""The only resize and JPEG code: client, server and training all pass through these functions.
+
+Arrays are uint8 [H, W, 3], RGB.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from vlm2vla_schema.errors import ImageError
+
+JPEG_QUALITY = 95
+MAX_WIDTH = 640
+MAX_HEIGHT = 480
+MAX_PIXELS = 16_777_216
+"""Default limit of `decode_image`: 4096 x 4096; a camera frame is 640 x 480."""
+
+_FORMATS = ("JPEG", "PNG", "WEBP")
+_EIGHT_BIT_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "La", "CMYK", "YCbCr"})
+_DATA_URL = re.compile(r"data:[A-Za-z0-9!#$&^_.+/;=-]{0,100};base64,")
+
+
+def encode_jpeg(rgb: NDArray[np.uint8], max_width: int = MAX_WIDTH, max_height: int = MAX_HEIGHT) -> bytes:
+    """Encode as JPEG, quality 95, 4:4:4, after shrinking (Lanczos, aspect kept, never enlarged) to fit the limits.
+
+    Raises:
+        ImageError: not a uint8 [H, W, 3] array.
+    """
+    image = Image.fromarray(_checked(rgb))
+    scale = min(max_width / image.width, max_height / image.height, 1.0)
+    if scale < 1.0:
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return buffer.getvalue()
+
+
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """Decode JPEG, PNG or WebP bytes to uint8 [H, W, 3], RGB; transparency is dropped, of several images the first.
+
+    The size is read from the header and checked before any pixel is decoded.
+
+    Raises:
+        ImageError: another format, more than `max_pixels`, truncated or damaged data, or more than 8 bits a channel.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                size = f"{image.width} x {image.height}"
+                raise ImageError(f"the image has {size} pixels; at most {max_pixels} are accepted")
+            if image.mode not in _EIGHT_BIT_MODES:
+                raise ImageError(f"the image has mode {image.mode}; expected 8 bits a channel")
+            _check_complete(data, image)
+            pixels: NDArray[np.uint8] = np.array(image.convert("RGB"), dtype=np.uint8)
+    except ImageError:
+        raise
+    except Exception as error:
+        # Decoders of hostile bytes raise nearly anything (OSError, SyntaxError, struct.error, zlib.error, ...).
+        name = type(error).__name__
+        raise ImageError(f"the bytes are not a complete JPEG, PNG or WebP image ({name})") from error
+    return _checked(pixels)
+
+
+def _check_complete(data: bytes, image: Image.Image) -> None:
+    """The decoders accept files that end after the last pixel but before the end mark: a cut download all the same."""
+    if image.format == "PNG":
+        complete = data.rfind(b"IEND\xaeB`\x82") >= 0
+    elif image.format == "WEBP":
+        complete = len(data) >= 8 + int.from_bytes(data[4:8], "little")
+    else:
+        # Inside a scan every 0xff byte is stuffed, so an end mark after the last start of a scan is the real one.
+        complete = data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
+    if not complete:
+        raise ImageError("the image is truncated; send the whole file")
+
+
+def to_model_square(rgb: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Squash (never crop) to uint8 [size, size, 3] with Lanczos, as Bridge frames were made.
+
+    Raises:
+        ImageError: not a uint8 [H, W, 3] array.
+    """
+    image = Image.fromarray(_checked(rgb))
+    return np.array(image.resize((size, size), Image.Resampling.LANCZOS), dtype=np.uint8)
+
+
+def from_base64(text: str) -> bytes:
+    """Decode base64 or a base64 `data:` URL; the bytes decide about the format, not the URL's media type.
+
+    Raises:
+        ImageError: neither; in particular another URL or a file path.
+    """
+    header = _DATA_URL.match(text)
+    try:
+        data = base64.b64decode(text[header.end() :] if header else text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        message = "the image is neither base64 nor a data: URL in base64 (no line breaks, no other URLs)"
+        raise ImageError(message) from error
+    if not data:
+        raise ImageError("the image is empty")
+    return data
+
+
+def to_base64(data: bytes) -> str:
+    """Encode bytes as base64 without line breaks."""
+    return base64.b64encode(data).decode("ascii")
+
+
+def _checked(rgb: Any) -> NDArray[np.uint8]:
+    if not isinstance(rgb, np.ndarray) or rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.size == 0:
+        shape = getattr(rgb, "shape", None)
+        raise ImageError(f"expected a uint8 array [H, W, 3], got {getattr(rgb, 'dtype', type(rgb).__name__)} {shape}")
+    return np.ascontiguousarray(rgb)
