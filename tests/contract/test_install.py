@@ -1,0 +1,107 @@
+"""What each kind of machine gets installed, proven by pip's own resolver against empty environments.
+
+These tests use pip as this machine has it configured, and so need its package index.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.utils import canonicalize_name
+
+# A slow package index is not a failure of ours.
+pytestmark = pytest.mark.timeout(900)
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ("shared_schema", "twin", "server", "client", "training")
+MODEL_LIBRARIES = {"torch", "torchvision", "transformers", "peft", "trl", "vllm", "xgrammar", "accelerate", "datasets",
+                   "safetensors", "tokenizers", "triton"}
+ROBOT_DRIVERS = {"mujoco", "pyrealsense2", "interbotix-xs-modules", "opencv-python", "google-genai", "glfw",
+                 "vlm2vla-client", "vlm2vla-twin", "vlm2vla-training"}
+
+
+def run(*command: str | Path, timeout_s: float = 800) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=timeout_s)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def pip(*arguments: str | Path) -> str:
+    return run(sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments)
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The five wheels, built from copies: a build inside the checkout would leave its folders there."""
+    folder = tmp_path_factory.mktemp("dist")
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
+    for name in SOURCES:
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    sources = [folder / name for name in SOURCES]
+    pip("wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder / "wheels", *sources)
+    return folder / "wheels"
+
+
+@pytest.fixture
+def empty_environment(tmp_path: Path) -> Path:
+    """The Python of a new virtual environment with nothing in it, not even pip."""
+    venv.create(tmp_path / "venv", with_pip=False)
+    return tmp_path / "venv" / "bin" / "python"
+
+
+def would_install(python: Path, wheels: Path, requirement: str) -> dict[str, str]:
+    """Names and versions that pip would install for `requirement` into the environment of `python`."""
+    report = wheels.parent / f"report-{canonicalize_name(requirement.partition('[')[0])}.json"
+    pip("--python", python, "install", "-q", "--dry-run", "--report", report, "-c", ROOT / "constraints.txt",
+        "--find-links", wheels, requirement)
+    items = json.loads(report.read_text())["install"]
+    return {canonicalize_name(item["metadata"]["name"]): item["metadata"]["version"] for item in items}
+
+
+def test_robot_pc_install_pulls_no_model_library(wheels: Path, empty_environment: Path) -> None:
+    names = would_install(empty_environment, wheels, "vlm2vla-client[sim]")
+    assert {"vlm2vla-client", "vlm2vla-schema", "vlm2vla-twin", "httpx", "mujoco"} <= names.keys()
+    assert not names.keys() & MODEL_LIBRARIES
+    assert not {name for name in names if name.startswith(("nvidia-", "cuda-"))}
+    assert "vlm2vla-server" not in names
+
+
+def test_server_install_pulls_no_robot_or_camera_driver(wheels: Path, empty_environment: Path) -> None:
+    names = would_install(empty_environment, wheels, "vlm2vla-server")
+    assert {"vlm2vla-server", "vlm2vla-schema", "fastapi", "uvicorn"} <= names.keys()
+    assert not names.keys() & ROBOT_DRIVERS
+    assert not names.keys() & MODEL_LIBRARIES, "an engine is an extra: openai needs none of these"
+
+
+def test_server_with_its_engine_pulls_no_robot_or_camera_driver(wheels: Path, empty_environment: Path) -> None:
+    names = would_install(empty_environment, wheels, "vlm2vla-server[transformers]")
+    assert {"torch", "transformers", "peft", "xgrammar"} <= names.keys()
+    assert not names.keys() & ROBOT_DRIVERS
+    if names["torch"].endswith("+cpu"):
+        assert not {name for name in names if name.startswith(("nvidia-", "cuda-"))}
+
+
+def test_client_runs_from_its_wheels_alone(wheels: Path, empty_environment: Path) -> None:
+    pip("--python", empty_environment, "install", "-q", "-c", ROOT / "constraints.txt", "--find-links", wheels,
+        "vlm2vla-client")
+    printed = run(empty_environment.with_name("vlm2vla-client"), "--help")
+    assert "run" in printed and "replay" in printed
+    absent = run(empty_environment, "-c", "import importlib.util as u; "
+                 "print([n for n in ('torch', 'transformers', 'mujoco') if u.find_spec(n)])")
+    assert absent.strip() == "[]"
+
+
+def test_wheels_carry_their_types_and_pages(wheels: Path) -> None:
+    found = {path.name.split("-")[0]: zipfile.ZipFile(path).namelist() for path in wheels.glob("*.whl")}
+    assert len(found) == 5
+    for package, names in found.items():
+        assert f"{package}/py.typed" in names
+        assert all(name.startswith((package + "/", package + "-")) for name in names)
+        source = next(ROOT.glob(f"*/src/{package}"))
+        wanted = {str(path.relative_to(source.parent)) for path in source.rglob("*.py")}
+        assert wanted <= set(names), "a folder without __init__.py is not packaged"
