@@ -8,11 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-from vlm2vla_schema.types import Frame
+from vlm2vla_schema.types import Frame, Scenario
 
-Scenario = Literal["in_distribution", "out_of_distribution"]
+__all__ = [
+    "ALL_STAGES",
+    "Answered",
+    "Asked",
+    "CycleEvent",
+    "PlanArrived",
+    "Policy",
+    "PolicyInfo",
+    "RowArrived",
+    "RowDropped",
+    "Scenario",
+    "SubtasksAnswer",
+]
+
 ALL_STAGES = ("subtasks", "motion_plan", "actions")
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from vlm2vla_client.errors import ProtocolMismatchError, ServerUnreachableError
 from vlm2vla_client.http import ServerConnection, error_from_body
@@ -20,52 +21,62 @@ from vlm2vla_client.policies.base import (
     Scenario,
     SubtasksAnswer,
 )
+from vlm2vla_schema.errors import validation_details
 from vlm2vla_schema.images import encode_jpeg
-from vlm2vla_schema.messages import PROTOCOL
+from vlm2vla_schema.messages import (
+    BASE_MODEL_NAME,
+    PROTOCOL,
+    ActionsDoneEvent,
+    DoneEvent,
+    InfoResponse,
+    PlanEvent,
+    RowEvent,
+    SubtasksResponse,
+)
 from vlm2vla_schema.types import Frame
 
 INFO_TIMEOUT_S = 10.0
 STREAM_ERROR_STATUS = 500  # an error line of a stream has no status of its own; its code decides
 
 
-def _text(answer: Mapping[str, Any], name: str) -> str:
-    value = answer.get(name)
-    if not isinstance(value, str) or not value.strip():
-        raise ProtocolMismatchError(f"expected text in {name!r}, received {type(value).__name__}", code="bad_answer")
-    return value
+Answer = TypeVar("Answer", bound=BaseModel)
 
 
-def _row(value: object) -> list[float]:
-    if not isinstance(value, list) or len(value) != 4:
-        raise ProtocolMismatchError("expected a row of 4 numbers", code="bad_row")
-    for item in value:
-        if isinstance(item, bool) or not isinstance(item, int | float) or not math.isfinite(item):
-            raise ProtocolMismatchError("expected a row of 4 finite numbers", code="bad_row")
-    return [float(item) for item in value]
-
-
-def _rows(value: object) -> list[list[float]]:
-    if not isinstance(value, list) or not 1 <= len(value) <= 32:
-        raise ProtocolMismatchError("expected 1..32 rows in 'actions'", code="bad_answer")
-    return [_row(item) for item in value]
-
-
-def select_adapter(info: Mapping[str, Any], model: str | None) -> dict[str, Any]:
-    """The entry of ``/info`` for ``model``: by default the first adapter; empty for ``base`` or when there is none.
+def validated(model: type[Answer], answer: Mapping[str, Any]) -> Answer:
+    """The answer as its schema type.
 
     Raises:
-        ProtocolMismatchError: ``/info`` lists no such model.
+        ProtocolMismatchError: a field is missing or of the wrong kind; names the fields, never the values.
     """
-    adapters = [entry for entry in info.get("adapters") or [] if isinstance(entry, dict)]
-    if model is None:
-        return adapters[0] if adapters else {}
-    for entry in adapters:
-        if entry.get("name") == model:
-            return entry
-    if model == "base":
-        return {}
-    names = ", ".join(str(entry.get("name")) for entry in adapters) or "none"
-    raise ProtocolMismatchError(f"the server has no model {model!r}; it has: base, {names}", code="unknown_model")
+    try:
+        return model.model_validate(dict(answer))
+    except ValidationError as error:
+        details = validation_details(error)
+        raise ProtocolMismatchError(f"not a {model.__name__}: {details}", code="bad_answer", details=details) from None
+
+
+def about_model(info: InfoResponse, model: str | None) -> tuple[str, bool, tuple[str, ...]]:
+    """Name, whether it was trained to act, and stages of ``model`` (None: the server's default) by ``/info``.
+
+    Raises:
+        ProtocolMismatchError: the server has no such model.
+    """
+    wanted = info.model if model is None else model
+    for adapter in info.adapters:
+        if adapter.name == wanted:
+            return adapter.name, adapter.policy, tuple(adapter.card.stages) or ALL_STAGES
+    if wanted in (BASE_MODEL_NAME, info.model):
+        is_default = wanted == info.model
+        return wanted, info.policy and is_default, (tuple(info.stages) if is_default else ()) or ALL_STAGES
+    names = ", ".join([BASE_MODEL_NAME, *(adapter.name for adapter in info.adapters)])
+    raise ProtocolMismatchError(f"the server has no model {wanted!r}; it has: {names}", code="unknown_model")
+
+
+def worth_recording(info: InfoResponse) -> dict[str, Any]:
+    """``/info`` without the cards' long tables."""
+    short = info.model_dump(mode="json", exclude={"adapters", "units"})
+    names = ("name", "hash", "policy", "proven")
+    return {**short, "adapters": [{name: getattr(adapter, name) for name in names} for adapter in info.adapters]}
 
 
 class ServerPolicy:
@@ -74,17 +85,13 @@ class ServerPolicy:
     Args:
         connection: shared with the server verifier.
         model: adapter name, ``base``, or None for the server's default.
-        extra: more request fields for every cycle (``motion_plan_temperature``, ``constrained``, ...).
     """
 
     name = "server"
 
-    def __init__(
-        self, connection: ServerConnection, *, model: str | None = None, extra: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, connection: ServerConnection, *, model: str | None = None) -> None:
         self._connection = connection
         self._model = model
-        self._extra = dict(extra or {})
         self._requests = 0
         self._info: PolicyInfo | None = None
 
@@ -103,28 +110,21 @@ class ServerPolicy:
                 "install the same version on both machines",
                 code="protocol",
             )
-        adapter = select_adapter(answer, self._model)
-        card = adapter.get("card") if isinstance(adapter.get("card"), dict) else {}
-        assert isinstance(card, dict)
-        stages = card.get("stages") or list(ALL_STAGES)
-        trained = card.get("policy", adapter.get("policy", False))
-        name = str(adapter.get("name") or self._model or answer.get("model") or "base")
-        return PolicyInfo(name=name, trained_to_act=trained is True, stages=tuple(map(str, stages)), details=answer)
+        info = validated(InfoResponse, answer)
+        name, trained, stages = about_model(info, self._model)
+        return PolicyInfo(name=name, trained_to_act=trained, stages=stages, details=worth_recording(info))
 
     def subtasks(self, frame: Frame, task: str, scenario: Scenario, asked: Asked) -> SubtasksAnswer:
         """POST /subtasks."""
         fields = {**self._common(frame, asked), "task": task, "scenario": scenario}
         answer = self._connection.post("/subtasks", fields, {"image": encode_jpeg(frame.image)}, asked.deadline_s)
         self._check_echo(answer, fields)
-        subtasks = answer.get("subtasks")
-        if not isinstance(subtasks, list) or not subtasks or not all(isinstance(s, str) and s for s in subtasks):
-            raise ProtocolMismatchError("expected a list of strings in 'subtasks'", code="bad_answer")
-        return SubtasksAnswer(subtasks, answer)
+        return SubtasksAnswer(validated(SubtasksResponse, answer).subtasks, answer)
 
     def cycle(self, frame: Frame, subtask: str, asked: Asked) -> Iterator[CycleEvent]:
         """POST /cycle, or /actions for an adapter without the motion plan stage; rows as the server decodes them."""
         planning = "motion_plan" in self.info().stages
-        fields = {**self._common(frame, asked), **self._extra, "subtask": subtask}
+        fields = {**self._common(frame, asked), "subtask": subtask}
         if not planning:
             fields["motion_plan"] = None
         path = "/cycle" if planning else "/actions"
@@ -133,7 +133,7 @@ class ServerPolicy:
         for line in self._connection.stream(path, fields, images, asked.deadline_s):
             kind = line.get("event")
             if kind == "plan":
-                yield PlanArrived(_text(line, "motion_plan"))
+                yield PlanArrived(validated(PlanEvent, line).motion_plan)
             elif kind == "row":
                 yield self._take_row(line, rows, fields)
             elif kind == "done":
@@ -149,27 +149,25 @@ class ServerPolicy:
         for name in ("episode_id", "frame_id"):
             if name in line and line[name] != fields[name]:
                 return RowDropped(f"row of another {name.removesuffix('_id')}", line.get("row"))
-        index = line.get("index")
-        if isinstance(index, bool) or not isinstance(index, int):
-            raise ProtocolMismatchError("expected a row's 'index' to be a whole number", code="bad_row")
-        if index < len(rows):
-            return RowDropped("row already received", line.get("row"))
-        if index > len(rows):
-            raise ProtocolMismatchError(f"expected row {len(rows)}, received row {index}", code="bad_order")
-        row = _row(line.get("row"))
-        rows.append(row)
-        return RowArrived(index, row, str(line.get("episode_id", fields["episode_id"])))
+        event = validated(RowEvent, line)
+        if event.index < len(rows):
+            return RowDropped("row already received", event.row)
+        if event.index > len(rows):
+            raise ProtocolMismatchError(f"expected row {len(rows)}, received row {event.index}", code="bad_order")
+        rows.append(event.row)
+        return RowArrived(event.index, event.row, str(fields["episode_id"]))
 
     def _take_done(
         self, line: dict[str, Any], rows: list[list[float]], fields: dict[str, Any], planning: bool
     ) -> Answered:
         """The final answer, which must echo this request and repeat exactly the rows that were streamed."""
         self._check_echo(line, fields)
-        actions = _rows(line.get("actions"))
-        if actions[: len(rows)] != rows or (rows and len(actions) != len(rows)):
+        done: DoneEvent | ActionsDoneEvent
+        done = validated(DoneEvent, line) if planning else validated(ActionsDoneEvent, line)
+        if rows and done.actions != rows:
             raise ProtocolMismatchError("the final answer differs from the rows that were streamed", code="bad_answer")
-        plan = _text(line, "motion_plan") if planning else None
-        return Answered(actions, plan, str(fields["episode_id"]), line)
+        plan = done.motion_plan if isinstance(done, DoneEvent) else None
+        return Answered(done.actions, plan, str(fields["episode_id"]), line)
 
     def _common(self, frame: Frame, asked: Asked) -> dict[str, Any]:
         self._requests += 1

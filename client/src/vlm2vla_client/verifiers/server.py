@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pydantic import ValidationError
+
 from vlm2vla_client.errors import PolicyError, VerifierError
 from vlm2vla_client.http import GRACE_S, ServerConnection
 from vlm2vla_schema.images import encode_jpeg
+from vlm2vla_schema.messages import VerifyResponse
 from vlm2vla_schema.types import Frame, Verdict
 
 
@@ -35,12 +38,11 @@ class ServerVerifier:
             answer = self._connection.post("/verify", fields, images, max(0.1, deadline_s - GRACE_S))
         except PolicyError as error:
             raise VerifierError(f"/verify gave no verdict: {error}") from error
-        success, confidence, reasoning = (answer.get(name) for name in ("success", "confidence", "reasoning"))
-        if not isinstance(success, bool) or not isinstance(reasoning, str):
-            raise VerifierError("expected success (true or false) and reasoning (text) from /verify")
-        if confidence == "High" or confidence == "Medium" or confidence == "Low":
-            return Verdict(success=success, confidence=confidence, reasoning=reasoning)
-        raise VerifierError("expected confidence High, Medium or Low from /verify")
+        try:
+            verdict = VerifyResponse.model_validate(answer)
+        except ValidationError as error:
+            raise VerifierError(f"/verify did not answer with a verdict ({error.error_count()} fields wrong)") from None
+        return Verdict(success=verdict.success, confidence=verdict.confidence, reasoning=verdict.reasoning)
 
     def close(self) -> None:
         """The connection belongs to the run."""
