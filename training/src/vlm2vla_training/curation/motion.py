@@ -8,12 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# (word for +, word for -) of dx, dy, dz in the base frame, in the order in which a sentence names them.
-_AXIS_WORDS = (("forward", "backward"), ("left", "right"), ("up", "down"))
-# A sum below the first bound is not mentioned; each later pair is (upper bound in metres, word of degree).
-_UNMENTIONED_M = 0.01
-_DEGREES = ((0.025, "very slightly "), (0.05, "slightly "), (0.10, ""))
-_FAR = "far "
+from vlm2vla_schema.directions import NAMES, direction_words, join_words
+
 # An up-and-down inside one phase is told in two parts when both exceed this.
 _REVERSAL_M = 0.025
 _EPSILON_M = 1e-9
@@ -35,7 +31,7 @@ def directions(sums_m: Sequence[float], threshold_m: float = 0.025) -> list[str]
         threshold_m: 2.5 cm in the paper.
     """
     words: list[str] = []
-    for value, (positive, negative) in zip(sums_m, _AXIS_WORDS, strict=True):
+    for value, (positive, negative) in zip(sums_m, NAMES, strict=True):
         if abs(value) > threshold_m + _EPSILON_M:
             words.append(positive if value > 0 else negative)
     return words
@@ -43,16 +39,9 @@ def directions(sums_m: Sequence[float], threshold_m: float = 0.025) -> list[str]
 
 def degree_words(sums_m: Sequence[float]) -> str:
     """Say a summed motion, for example "far forward, slightly left and down"; empty below 1 cm on every axis."""
-    parts: list[str] = []
-    for value, (positive, negative) in zip(sums_m, _AXIS_WORDS, strict=True):
-        size = abs(value) + _EPSILON_M
-        if size < _UNMENTIONED_M:
-            continue
-        degree = next((word for bound, word in _DEGREES if size < bound), _FAR)
-        parts.append(degree + (positive if value > 0 else negative))
-    if len(parts) <= 1:
-        return "".join(parts)
-    return ", ".join(parts[:-1]) + " and " + parts[-1]
+    # Rounding to 0.1 mm keeps float noise of the sum from choosing the word at a bound.
+    words = direction_words([round(value, 4) for value in sums_m])
+    return join_words(words) if words else ""
 
 
 def motion_sentence(actions: Sequence[Sequence[float]], gripper_before: float | None = None) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -116,6 +117,10 @@ class EpisodeDataset:
     def keys(self) -> list[str]:
         """Return every episode key, in reading order."""
         return [fact["episode_key"] for fact in self._facts]
+
+    def sources(self) -> dict[str, int]:
+        """Return how many episodes each source gave."""
+        return dict(Counter(str(fact["source"]) for fact in self._facts))
 
     def episodes(self, skip: frozenset[str] = frozenset(), images: bool = True) -> Iterator[Episode]:
         """Yield episodes one at a time; `images=False` leaves the image bytes on disk."""

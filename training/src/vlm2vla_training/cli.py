@@ -1,0 +1,177 @@
+"""`vlm2vla-train`: robot logs to sentences to an adapter. One subcommand a stage; heavy imports happen inside them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlm2vla_schema.errors import VLM2VLAError
+from vlm2vla_training.errors import MissingExtraError, NotBuiltError, UsageError
+
+# Optional module -> the extra that brings it.
+_EXTRAS = {"mujoco": "sim", "torch": "train", "transformers": "train", "trl": "train", "peft": "train"}
+_NOT_BUILT = {
+    "logprobs": "log-probabilities of text actions against token actions (Fig. 3)",
+    "tokens": "token budgets of a dataset",
+    "predict": "predictions of a model on held-out examples",
+    "vqa": "visual question answering retention (Table 1)",
+    "estimate": "cost and time of a full run",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Returns:
+        0 done, 1 a data or training error, 2 usage or a command that is not built yet, 130 interrupted.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        return _dispatch(args)
+    except (UsageError, NotBuiltError, MissingExtraError) as error:
+        print(f"vlm2vla-train {args.command}: {error}", file=sys.stderr)
+        return 2
+    except VLM2VLAError as error:
+        print(f"vlm2vla-train {args.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"vlm2vla-train {args.command}: interrupted; the same command resumes", file=sys.stderr)
+        return 130
+
+
+def _dispatch(args: argparse.Namespace) -> int:
+    if args.command in _NOT_BUILT:
+        raise NotBuiltError(f"not built yet ({_NOT_BUILT[args.command]})")
+    module, function = args.target.split(":")
+    try:
+        run = getattr(importlib.import_module(f"vlm2vla_training.{module}"), function)
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").split(".")[0])
+        if extra is None:
+            raise
+        raise MissingExtraError(f"{error.name} is missing; install vlm2vla-training[{extra}]") from error
+    return int(run(args))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of every subcommand."""
+    parser = argparse.ArgumentParser(prog="vlm2vla-train", description="Robot logs to sentences to an adapter.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_demos(commands)
+    _add_ingest(commands)
+    _add_annotate(commands)
+    _add_curate(commands)
+    _add_pretrain(commands)
+    _add_sft(commands)
+    _add_export(commands)
+    for name, purpose in _NOT_BUILT.items():
+        commands.add_parser(name, help=f"{purpose} (not built yet)").add_argument("rest", nargs="*")
+    return parser
+
+
+Commands = argparse._SubParsersAction  # the type of add_subparsers(), which argparse does not export
+
+
+def _command(commands: Commands[argparse.ArgumentParser], name: str, target: str, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    command.set_defaults(target=target)
+    command.add_argument("--out", type=Path, required=True, help="folder to write; an unfinished run in it is resumed")
+    command.add_argument("--dry-run", action="store_true", help="say what would be done and write nothing")
+    return command
+
+
+def _add_demos(commands: Commands[argparse.ArgumentParser]) -> None:
+    command = _command(commands, "demos", "demos:run_demos", "scripted demonstrations in the twin -> episode dataset")
+    command.add_argument("--suite", action="append", required=True, help="suite of the twin; repeatable")
+    command.add_argument("--seed", type=int, default=0, help="first seed; training seeds lie below 500000")
+    command.add_argument("--episodes", type=int, default=100, help="episodes a suite")
+    command.add_argument("--mode", choices=("varied", "paper"), default="varied", help="what the scene varies")
+    command.add_argument("--noise-m", type=float, default=0.004, help="aim error the expert makes and corrects, metres")
+    command.add_argument("--width", type=int, default=640, help="width of the stored frames, pixels")
+    command.add_argument("--height", type=int, default=480, help="height of the stored frames, pixels")
+    command.add_argument("--workers", type=int, default=1, help="processes")
+    command.add_argument("--keep-failures", action="store_true", help="also write episodes that missed the full score")
+
+
+def _add_ingest(commands: Commands[argparse.ArgumentParser]) -> None:
+    command = _command(commands, "ingest", "commands:run_ingest", "recordings or twin demos -> episode dataset")
+    command.add_argument("--format", choices=("recordings", "twin", "rlds", "raw", "lerobot"), default="recordings")
+    command.add_argument("--input", type=Path, required=True, help="folder of recordings, or a twin dataset")
+    command.add_argument("--successful-only", action="store_true", help="leave out recordings that did not succeed")
+
+
+def _add_annotate(commands: Commands[argparse.ArgumentParser]) -> None:
+    command = _command(commands, "annotate", "commands:run_annotate", "episode dataset -> annotated.jsonl")
+    command.add_argument("--episodes", type=Path, required=True, help="episode dataset")
+    command.add_argument("--annotator", choices=("rules", "gemini"), default="rules")
+
+
+def _add_curate(commands: Commands[argparse.ArgumentParser]) -> None:
+    command = _command(commands, "curate", "commands:run_curate", "episodes and annotations -> training examples")
+    command.add_argument("--episodes", type=Path, required=True, help="episode dataset")
+    command.add_argument("--annotated", type=Path, required=True, help="annotated.jsonl or its folder")
+    command.add_argument("--variant", choices=("main", "at", "nr"), default="main", help="text, action tokens, no plan")
+    command.add_argument(
+        "--kinds", default="subtasks,motion_plan,actions,completion,verify,direction", help="comma separated"
+    )
+    command.add_argument("--plan-source", choices=("main_movements", "reasoning", "both"), default="main_movements")
+    command.add_argument("--image-size", type=int, default=0, help="square side in pixels; 0 keeps frames as logged")
+    command.add_argument("--extra-starts", type=int, default=0, help="further starting frames inside each step (ours)")
+    command.add_argument("--verify-pairs", type=int, default=2, help="verifier pairs of each sign a step")
+    command.add_argument("--single-dim-m", type=float, default=0.025, help="B.2's single-axis threshold, metres")
+    command.add_argument("--absolute-m", type=float, default=0.05, help="B.2's absolute threshold, metres")
+    command.add_argument("--chunk-mode", choices=("paper", "flush"), default="paper")
+    command.add_argument("--max-row-translation-m", type=float, default=0.10, help="limit of the parser, metres")
+    command.add_argument("--max-rows", type=int, default=32, help="limit of the parser")
+    command.add_argument("--seed", type=int, default=0, help="of the sampled negatives and extra starts")
+
+
+def _add_pretrain(commands: Commands[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser("pretrain", help="train the twin's base model from nothing", add_help=False)
+    command.set_defaults(target="cli:run_pretrain")
+    command.add_argument("rest", nargs=argparse.REMAINDER)
+
+
+def run_pretrain(args: argparse.Namespace) -> int:
+    """Hand the remaining arguments to pretrain.main, which has its own parser."""
+    from vlm2vla_training import pretrain
+
+    run = getattr(pretrain, "main")  # noqa: B009 - found at run time, so that --help needs no torch
+    return int(run(args.rest) or 0)
+
+
+def _add_sft(commands: Commands[argparse.ArgumentParser]) -> None:
+    command = _command(commands, "sft", "sft:run_sft", "fine-tune a base model on curated examples (TRL and PEFT)")
+    command.add_argument("--base", type=Path, required=True, help="base model folder")
+    command.add_argument("--examples", type=Path, action="append", required=True, help="folder of curate; repeatable")
+    command.add_argument("--preset", choices=("twin", "paper"), default="twin", help="paper: Table 4 as printed")
+    command.add_argument("--full-finetune", action="store_true", help="train every weight instead of LoRA")
+    command.add_argument("--epochs", type=float, default=None, help="overrides the preset")
+    command.add_argument("--max-steps", type=int, default=None, help="stop after this many optimiser steps")
+    command.add_argument("--learning-rate", type=float, default=None, help="overrides the preset")
+    command.add_argument("--batch-size", type=int, default=None, help="examples a micro-batch; overrides the preset")
+    command.add_argument("--rank", type=int, default=None, help="LoRA rank; overrides the preset")
+    command.add_argument("--kinds", default=None, help="comma separated; default all")
+    command.add_argument("--save-steps", type=int, default=500, help="checkpoint interval in optimiser steps")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+
+
+def _add_export(commands: Commands[argparse.ArgumentParser]) -> None:
+    command = _command(commands, "export", "export:run_export", "training run -> model artifact with model_card.json")
+    command.add_argument("--run", type=Path, required=True, help="folder of a finished sft run")
+    command.add_argument("--name", default="twin", help="name in the model card")
+    command.add_argument("--licence", default=None, help="default: the base model's")
+    command.add_argument("--metrics", type=Path, default=None, help="JSON file with measured results for the card")
+    command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the stored weights")
+    command.add_argument("--references", type=int, default=0, help="examples whose log-probabilities go into the card")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

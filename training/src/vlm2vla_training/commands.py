@@ -1,0 +1,154 @@
+"""The data commands: ingest, annotate, curate. Each resumes where it stopped and ends with summary.json."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from vlm2vla_training.annotation.base import AnnotatedEpisode
+from vlm2vla_training.annotation.rules import RulesAnnotator
+from vlm2vla_training.curation.dataset import CurateCounts, ExampleWriter, count, curate, write_card
+from vlm2vla_training.curation.examples import ExampleOptions, examples_of
+from vlm2vla_training.episodes.parquet import EpisodeDataset, EpisodeWriter
+from vlm2vla_training.episodes.recordings import RecordingsSource
+from vlm2vla_training.errors import DataError, NotBuiltError, TrainingError
+from vlm2vla_training.jsonio import JsonlAppender, read_jsonl, sha256_of_files
+from vlm2vla_training.progress import finish, track
+
+ANNOTATED_FILE = "annotated.jsonl"
+_NOT_BUILT_FORMATS = ("rlds", "raw", "lerobot")
+
+
+def run_ingest(args: argparse.Namespace) -> int:
+    """`ingest`: recordings or a twin dataset -> an episode dataset."""
+    started = time.monotonic()
+    if args.format in _NOT_BUILT_FORMATS:
+        raise NotBuiltError(f"ingest --format {args.format} is not built yet; recordings and twin are")
+    if args.format == "twin":
+        return _pass_through(args.input, args.out, args.dry_run, started)
+    source = RecordingsSource(args.input, args.successful_only)
+    if args.dry_run:
+        print(f"ingest: would read {len(source.keys())} recordings from {args.input} into {args.out}")
+        return 0
+    empty = 0
+    with EpisodeWriter(args.out) as writer:
+        before = len(writer.done)
+        for episode in track(source.episodes(frozenset(writer.done)), len(source.keys()) - before, "ingest"):
+            writer.write(episode)
+        new = len(writer.done) - before
+        empty = len(source.keys()) - len(writer.done)
+    if before + new == 0:
+        raise DataError(f"none of the {len(source.keys())} recordings in {args.input} qualifies (no executed row)")
+    summary = {"format": args.format, "episodes": before + new, "new": new, "left_out": empty}
+    finish("ingest", args.out, summary, started, f"{new} new episodes, {before} kept, {empty} left out")
+    return 0
+
+
+def _pass_through(source: Path, out: Path, dry_run: bool, started: float) -> int:
+    dataset = EpisodeDataset(source)
+    if dry_run:
+        print(f"ingest: would copy {len(dataset.keys())} twin episodes from {source} to {out}")
+        return 0
+    out.mkdir(parents=True, exist_ok=True)
+    for path in [*dataset.parts, source / "episodes.parquet"]:
+        partial = out / (path.name + ".partial")
+        shutil.copyfile(path, partial)
+        partial.replace(out / path.name)
+    episodes = len(dataset.keys())
+    finish("ingest", out, {"format": "twin", "episodes": episodes}, started, f"{episodes} episodes passed through")
+    return 0
+
+
+def run_annotate(args: argparse.Namespace) -> int:
+    """`annotate`: episodes -> annotated.jsonl."""
+    started = time.monotonic()
+    if args.annotator != "rules":
+        raise NotBuiltError(f"annotate --annotator {args.annotator} is not built yet; rules is")
+    annotator = RulesAnnotator()
+    dataset = EpisodeDataset(args.episodes)
+    path = args.out / ANNOTATED_FILE
+    done = {str(line["episode_key"]) for line in read_jsonl(path)} if path.exists() else set()
+    keys = dataset.keys()
+    left = [key for key in keys if key not in done]
+    if args.dry_run:
+        print(f"annotate: would annotate {len(left)} episodes with {annotator.name} ({len(done)} are done)")
+        return 0
+    failures: list[dict[str, str]] = []
+    with JsonlAppender(path) as file:
+        for episode in track(dataset.episodes(frozenset(done), images=False), len(left), "annotate"):
+            try:
+                file.append(annotator.annotate(episode).to_json())
+            except TrainingError as error:
+                failures.append({"episode_key": episode.key, "error": str(error)})
+    summary = {"annotator": annotator.name, "failures": failures, **_describe(path)}
+    finish("annotate", args.out, summary, started, f"{summary['episodes']} episodes, {len(failures)} failed")
+    return 0
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    steps: Counter[str] = Counter()
+    flags: Counter[str] = Counter()
+    episodes = 0
+    for line in read_jsonl(path):
+        annotated = AnnotatedEpisode.from_json(line)
+        episodes += 1
+        steps.update(step.step_description for step in annotated.steps)
+        for name in ("covered", "actions_match", "begins_with_move", "first_action_zero"):
+            flags[name] += bool(annotated.audit.get(name))
+        flags["with_notes"] += bool(annotated.audit.get("notes"))
+    return {"episodes": episodes, "steps": dict(steps.most_common(200)), "audit": dict(flags)}
+
+
+def run_curate(args: argparse.Namespace) -> int:
+    """`curate`: episodes + annotations -> training examples."""
+    started = time.monotonic()
+    options = ExampleOptions(
+        variant=args.variant,
+        kinds=tuple(args.kinds.split(",")),
+        plan_source=args.plan_source,
+        extra_starts=args.extra_starts,
+        verify_pairs=args.verify_pairs,
+        single_dim_m=args.single_dim_m,
+        absolute_m=args.absolute_m,
+        chunk_mode=args.chunk_mode,
+        max_row_translation_m=args.max_row_translation_m,
+        max_rows=args.max_rows,
+        seed=args.seed,
+    )
+    dataset = EpisodeDataset(args.episodes)
+    annotated = read_annotated(args.annotated)
+    if args.dry_run:
+        counts = CurateCounts()
+        for episode in annotated.values():
+            count(counts, episode.episode_key, examples_of(episode, options))
+        print(f"curate: would write {dict(counts.examples)}, drop {dict(counts.dropped)}")
+        return 0
+    writer = ExampleWriter(args.out, options, args.image_size)
+    counts = CurateCounts()
+    for key in writer.done & annotated.keys():  # what an earlier run wrote belongs into the counts
+        count(counts, key, examples_of(annotated[key], options))
+    todo = len(set(dataset.keys()) - writer.done)
+    episodes = dataset.episodes(frozenset(writer.done))
+    for _ in track(curate(episodes, annotated, writer, options, counts), todo, "curate"):
+        pass
+    summary = {
+        **counts.to_json(),
+        "options": {**vars(options), "image_size_px": args.image_size},
+        "annotators": sorted({episode.annotator for episode in annotated.values()}),
+        "data_hash": sha256_of_files(sorted(args.out.glob("part-*.parquet"))),
+    }
+    write_card(args.out, summary, dataset.sources())
+    line = f"{summary['examples_total']} examples of {counts.episodes} episodes, {summary['dropped_total']} dropped"
+    finish("curate", args.out, summary, started, line)
+    return 0
+
+
+def read_annotated(path: Path) -> dict[str, AnnotatedEpisode]:
+    """Read annotated.jsonl, or the one in a folder; for a key that occurs twice the last line counts."""
+    file = path / ANNOTATED_FILE if path.is_dir() else path
+    found = (AnnotatedEpisode.from_json(line) for line in read_jsonl(file))
+    return {episode.episode_key: episode for episode in found}
