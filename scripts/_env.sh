@@ -60,7 +60,7 @@ pip_install() {
     local venv="$1"; shift
     local extra=()
     [ -n "${VLM2VLA_TORCH_INDEX_URL:-}" ] && extra=(--extra-index-url "$VLM2VLA_TORCH_INDEX_URL")
-    PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip install -q --no-input -c "$ROOT/constraints.txt" "${extra[@]}" "$@" \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip install -qq --no-input -c "$ROOT/constraints.txt" "${extra[@]}" "$@" \
         || die "pip could not install $* (are the package index and, for torch, VLM2VLA_TORCH_INDEX_URL right?)"
 }
 
