@@ -1,0 +1,485 @@
+"""Rows to motion: timed substeps, each filtered again with fresh state; arrival checks; hold on every fault.
+
+For one row: filter, translate in substeps, wait for arrival, then move the gripper (contracts, "Execution").
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any, Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlm2vla_client.clock import Clock
+from vlm2vla_client.errors import ConfigurationError, RobotError
+from vlm2vla_client.robots.base import Robot
+from vlm2vla_client.safety import Decision, Limits, Reason, RobotState, SafetyContext, filter_row
+from vlm2vla_client.safety_geometry import motion_seconds, rotation_of
+from vlm2vla_client.safety_types import MAX_SUBSTEP_M, MAX_SUBSTEP_S, MAX_ZEROED_ROWS
+from vlm2vla_twin.kinematics import Pose, forward
+
+FloatArray = NDArray[np.float64]
+EventSink = Callable[[str, dict[str, Any]], None]
+
+MAX_START_FRAME_AGE_S: Final = 0.5
+MAX_START_SHIFT_M: Final = 0.005
+BASE_TOLERANCE_M: Final = 0.010
+BASE_TOLERANCE_RAD: Final = 0.10
+ARRIVAL_DEADLINE_S: Final = 2.0
+GRIPPER_DEADLINE_S: Final = 1.5
+MAX_STATE_AGE_S: Final = 0.25
+MAX_STATE_MISMATCH_M: Final = 0.02
+_POLL_S: Final = 0.02
+_GRIPPER_STILL_S: Final = 0.2
+
+
+class Monitor(Protocol):
+    """Watches what must hold while the arm moves: server liveness, camera, operator, driver."""
+
+    def fault(self) -> str | None:
+        """What went wrong, or None. Polled at least every 0.1 s of motion; must return at once."""
+        ...
+
+
+class NoMonitor:
+    """Nothing to watch: for motion that nobody else's machine decides, such as homing the twin."""
+
+    def fault(self) -> str | None:
+        """Never a fault."""
+        return None
+
+
+class Outcome(StrEnum):
+    """How a chunk ended. Only COMPLETED and ENDED_EARLY leave the arm where a row put it; the others hold it."""
+
+    COMPLETED = "completed"
+    ENDED_EARLY = "ended_early"
+    REFUSED = "refused"
+    NOT_ARRIVED = "not_arrived"
+    NOT_STARTED = "not_started"
+    FAULT = "fault"
+
+
+@dataclass(frozen=True, eq=False)
+class MotionStart:
+    """What the motion-start rule compares with the present.
+
+    ``newest_frame_s``: stamp of the newest frame; ``captured_position_m`` [3]: where the end effector was measured when
+    the frame that the chunk was computed from was captured.
+    """
+
+    newest_frame_s: float
+    captured_position_m: FloatArray
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """One row: as received, the filter's decision, how many substeps ran, and whether the arm got there."""
+
+    index: int
+    row: list[float]
+    decision: Decision
+    substeps: int
+    arrived: bool
+
+
+@dataclass(frozen=True)
+class ChunkResult:
+    """What became of a chunk; ``reason`` is for people, ``reasons`` are the filter's that ended it."""
+
+    outcome: Outcome
+    rows: tuple[RowResult, ...]
+    reason: str = ""
+    reasons: tuple[Reason, ...] = ()
+
+    @property
+    def moved(self) -> bool:
+        """Whether the arm was commanded at all."""
+        return any(row.substeps for row in self.rows)
+
+
+class _Fault(Exception):
+    """A monitor reported a fault; leaves the executor as an Outcome, never as an exception."""
+
+
+@dataclass
+class _Leg:
+    """The translation of one row while it runs."""
+
+    goal_m: FloatArray
+    base: Pose
+    turned_rad: FloatArray
+    gripper: float
+    width: int
+    steps: int
+    step_s: float
+    done: int = 0
+    touched: bool = False
+    stop: Decision | None = None
+
+
+class Executor:
+    """Runs one chunk at a time on one robot.
+
+    Args:
+        robot: connected.
+        clock: the same one that stamps frames and states.
+        limits: enforced on every row and every substep.
+        monitor: polled before every substep and while waiting; a fault ends in hold.
+        speed: share (0..1] of the speed limits.
+        on_event: called with (kind, JSON-serialisable data) for the recorder; runs in the executor's thread.
+    """
+
+    def __init__(
+        self,
+        robot: Robot,
+        clock: Clock,
+        limits: Limits,
+        monitor: Monitor | None = None,
+        *,
+        speed: float = 1.0,
+        on_event: EventSink | None = None,
+    ) -> None:
+        if not 0.0 < speed <= 1.0:
+            raise ConfigurationError(f"speed must be above 0 and at most 1, got {speed}")
+        self._robot, self._clock, self._limits = robot, clock, limits
+        self._monitor: Monitor = monitor or NoMonitor()
+        # Slower limits make longer motions; the filter itself judges joint speeds at these limits too.
+        self._pace = replace(
+            limits,
+            max_speed_m_s=limits.max_speed_m_s * speed,
+            max_rotation_speed_rad_s=limits.max_rotation_speed_rad_s * speed,
+        )
+        self._on_event = on_event
+        self._busy = threading.Lock()
+        self._commanded: Pose | None = None
+        self._gripper: float | None = None
+
+    def run_chunk(
+        self,
+        rows: Iterable[Sequence[float]],
+        context: SafetyContext,
+        start: MotionStart | Callable[[], MotionStart] | None = None,
+    ) -> ChunkResult:
+        """Execute rows in order until they are done or something ends the chunk. Blocks while the arm moves.
+
+        Args:
+            rows: 4-D or 7-D rows; an iterator may deliver them while they are executed.
+            context: where the rows came from; contacts and zeroed rows are added here.
+            start: facts for the motion-start rule, or a function called when the first row is there. Only an
+                operator's rows may do without.
+
+        Raises:
+            RobotError: the arm failed or a chunk is already running. Whatever is raised, the arm is held first.
+        """
+        if not self._busy.acquire(blocking=False):
+            raise RobotError("a chunk is already running on this arm: wait for it or call hold()")
+        done: list[RowResult] = []
+        try:
+            return self._run(rows, context, start, done)
+        except _Fault as fault:
+            self.hold(str(fault))
+            return ChunkResult(Outcome.FAULT, tuple(done), str(fault))
+        except BaseException as error:
+            self.hold(f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            self._busy.release()
+
+    def hold(self, reason: str) -> None:
+        """Stop here and now; the next row starts from the measured pose. Raises RobotError if even that fails."""
+        self._commanded = None
+        self._emit("hold", {"reason": reason})
+        self._robot.hold(reason)
+
+    # --- one chunk ------------------------------------------------------------------------------------------------
+
+    def _run(
+        self,
+        rows: Iterable[Sequence[float]],
+        context: SafetyContext,
+        start: MotionStart | Callable[[], MotionStart] | None,
+        done: list[RowResult],
+    ) -> ChunkResult:
+        zeroed = context.fully_zeroed_rows_before
+        for index, row in enumerate(rows):
+            if index == 0:
+                late = self._too_late(context, start() if callable(start) else start)
+                if late is not None:
+                    self._emit("not_started", {"reason": late})
+                    return ChunkResult(Outcome.NOT_STARTED, (), late)
+            self._poll()
+            result, leg = self._row(index, row, replace(context, fully_zeroed_rows_before=zeroed))
+            done.append(result)
+            ended = self._after_row(result, leg, tuple(done))
+            if ended is not None:
+                return ended
+            zeroed = zeroed + 1 if self._stood_still(result, leg) else 0
+            if zeroed >= MAX_ZEROED_ROWS:
+                why = f"{zeroed} rows in a row pushed only into what the gripper touches"
+                return ChunkResult(Outcome.ENDED_EARLY, tuple(done), why, (Reason.REPEATED_CONTACT,))
+        return ChunkResult(Outcome.COMPLETED, tuple(done))
+
+    def _too_late(self, context: SafetyContext, start: MotionStart | None) -> str | None:
+        """The motion-start rule: the picture must still be true when the arm begins to move."""
+        if start is None:
+            return None if context.source == "operator" else "no frame to start from: a policy's rows need one"
+        age_s = self._clock.now_s() - start.newest_frame_s
+        if not age_s <= MAX_START_FRAME_AGE_S:
+            return f"the newest frame is {age_s:.2f} s old (limit {MAX_START_FRAME_AGE_S} s)"
+        shift_m = float(np.linalg.norm(np.asarray(self._state().ee_position_m) - start.captured_position_m))
+        if not shift_m <= MAX_START_SHIFT_M:
+            return f"the arm is {1000 * shift_m:.1f} mm from its pose at capture (limit {1000 * MAX_START_SHIFT_M} mm)"
+        return None
+
+    def _row(self, index: int, row: Sequence[float], context: SafetyContext) -> tuple[RowResult, _Leg | None]:
+        state = self._state()
+        base = self._base(state)
+        touching = self._touching(context, state)
+        decision = filter_row(row, _as_if_at(state, base), touching, self._limits)
+        given = list(row)
+        self._emit("row", {"index": index, "row": given, **_decision_data(decision), "contacts": _names(touching)})
+        if decision.row is None:
+            return RowResult(index, given, decision, 0, False), None
+        leg = self._plan(state, base, decision.row)
+        if leg.steps == 0:
+            self._move_gripper(leg.gripper)
+            return RowResult(index, given, decision, 0, True), leg
+        self._travel(leg, context)
+        if leg.stop is not None and leg.stop.row is None:
+            return RowResult(index, given, decision, leg.done, False), leg
+        arrived = self._arrive()
+        if arrived:
+            self._move_gripper(leg.gripper)
+        return RowResult(index, given, decision, leg.done, arrived), leg
+
+    def _after_row(self, result: RowResult, leg: _Leg | None, done: tuple[RowResult, ...]) -> ChunkResult | None:
+        """The end of the chunk, if this row was it."""
+        decision = result.decision
+        stop = leg.stop if leg is not None else None
+        refusal = decision if decision.row is None else stop if stop is not None and stop.row is None else None
+        if refusal is not None:
+            why = "refused: " + ", ".join(refusal.reasons)
+            self.hold(why)
+            return ChunkResult(Outcome.REFUSED, done, why, refusal.reasons)
+        if not result.arrived:
+            why = f"row {result.index} did not arrive within {ARRIVAL_DEADLINE_S} s"
+            self.hold(why)
+            return ChunkResult(Outcome.NOT_ARRIVED, done, why)
+        changed = decision if decision.ends_chunk else stop
+        if changed is not None:
+            why = "changed: " + ", ".join(changed.reasons)
+            return ChunkResult(Outcome.ENDED_EARLY, done, why, changed.reasons)
+        return None
+
+    def _stood_still(self, result: RowResult, leg: _Leg | None) -> bool:
+        """Whether contact stopped the whole of a row's non-zero translation, in the row's check or in its substeps."""
+        contact = {Reason.COUNTER_CONTACT, Reason.WALL_CONTACT} & set(result.decision.reasons)
+        if leg is None or not any(result.row[:3]) or not (contact or leg.touched):
+            return False
+        moved = leg.goal_m - leg.base.position_m if leg.steps else np.zeros(3)
+        return float(np.abs(moved).max()) < 1e-3 if leg.touched else not moved.any()
+
+    # --- one row --------------------------------------------------------------------------------------------------
+
+    def _plan(self, state: RobotState, base: Pose, row: list[float]) -> _Leg:
+        moved = np.array(row[:3])
+        turned = np.array(row[3:6]) if len(row) == 7 else np.zeros(3)
+        goal = base.position_m + moved
+        if not moved.any() and not turned.any():
+            return _Leg(goal, base, turned, row[-1], len(row), 0, 0.0)
+        lever = float(np.linalg.norm(np.asarray(state.finger_tips_m) - np.asarray(state.ee_position_m), axis=1).max())
+        seconds = motion_seconds(moved, turned, lever, self._pace)
+        travel = float(np.linalg.norm(moved)) + lever * float(np.linalg.norm(turned))
+        # A hair less than the quotient, so that rounding does not buy an extra substep.
+        steps = max(math.ceil(travel / MAX_SUBSTEP_M - 1e-9), math.ceil(seconds / MAX_SUBSTEP_S - 1e-9), 1)
+        return _Leg(goal, base, turned, row[-1], len(row), steps, seconds / steps)
+
+    def _travel(self, leg: _Leg, context: SafetyContext) -> None:
+        """Run the substeps; sets ``leg.stop`` when one was refused or changed in a way that ends the chunk."""
+        at = leg.base.position_m
+        # Rows in a row are counted here, not substeps.
+        plain = replace(context, fully_zeroed_rows_before=0)
+        for step in range(1, leg.steps + 1):
+            self._poll()
+            state = self._state()
+            wanted = Pose(
+                at + (leg.goal_m - at) / (leg.steps - step + 1),
+                rotation_of(leg.turned_rad[None] * (step / leg.steps))[0] @ leg.base.rotation,
+            )
+            decision = filter_row(_row_between(state, wanted, leg), state, self._touching(plain, state), self._limits)
+            target = _apply(state, wanted, decision, leg)
+            self._emit("substep", _substep_data(step, leg, state, target, decision))
+            if target is None:
+                leg.stop = decision
+                return
+            at = target.position_m
+            self._command(target, leg.step_s)
+            leg.done += 1
+            if decision.ends_chunk:
+                leg.stop = decision
+                return
+
+    def _command(self, target: Pose, duration_s: float) -> None:
+        self._robot.command(target.position_m, target.rotation, duration_s)
+        self._commanded = target
+        self._clock.sleep_s(duration_s)
+
+    def _arrive(self) -> bool:
+        """Wait until the arm is where the last substep sent it, or the deadline."""
+        goal = self._commanded
+        assert goal is not None
+        began_s = self._clock.now_s()
+        while True:
+            self._poll()
+            error_m = float(np.linalg.norm(np.asarray(self._state().ee_position_m) - goal.position_m))
+            waited_s = self._clock.now_s() - began_s
+            arrived = error_m <= self._robot.capabilities.arrival_tolerance_m
+            if arrived or waited_s >= ARRIVAL_DEADLINE_S:
+                self._emit("arrival", {"arrived": arrived, "error_m": error_m, "waited_s": waited_s})
+                return arrived
+            self._clock.sleep_s(_POLL_S)
+
+    def _move_gripper(self, gripper: float) -> None:
+        """Open or close, and wait until the fingers arrive or stop (an object between them), at most the deadline."""
+        if gripper == self._gripper:
+            return
+        self._robot.set_gripper(gripper >= 0.5, GRIPPER_DEADLINE_S)
+        self._gripper = gripper
+        began_s = still_since_s = self._clock.now_s()
+        last = self._state().gripper
+        while True:
+            self._clock.sleep_s(_POLL_S)
+            self._poll()
+            now_s, opening = self._clock.now_s(), self._state().gripper
+            if abs(opening - last) > 0.01:
+                last, still_since_s = opening, now_s
+            there = abs(opening - gripper) < 0.02
+            if there or now_s - still_since_s >= _GRIPPER_STILL_S or now_s - began_s >= GRIPPER_DEADLINE_S:
+                self._emit("gripper", {"commanded": gripper, "measured": opening, "waited_s": now_s - began_s})
+                return
+
+    # --- what is known --------------------------------------------------------------------------------------------
+
+    def _poll(self) -> None:
+        fault = self._monitor.fault()
+        if fault is not None:
+            self._emit("fault", {"reason": fault})
+            raise _Fault(fault)
+
+    def _state(self) -> RobotState:
+        """A fresh measurement that does not contradict itself."""
+        state = self._robot.state()
+        age_s = self._clock.now_s() - state.stamp_s
+        if not age_s <= MAX_STATE_AGE_S:
+            raise RobotError(
+                f"the arm's state is {age_s:.2f} s old (limit {MAX_STATE_AGE_S} s): is its driver running?"
+            )
+        gap_m = float(np.linalg.norm(forward(state.joints_rad).position_m - np.asarray(state.ee_position_m)))
+        if not gap_m <= MAX_STATE_MISMATCH_M:
+            raise RobotError(
+                f"the arm's joints and its reported position disagree by {1000 * gap_m:.0f} mm: recalibrate"
+            )
+        return state
+
+    def _touching(self, context: SafetyContext, state: RobotState) -> SafetyContext:
+        found = set(context.contacts) | set(self._robot.contacts())
+        floor_m = self._limits.counter_z_m
+        if float(np.asarray(state.finger_tips_m)[:, 2].min()) <= floor_m:
+            found.add("counter")
+        return replace(context, contacts=frozenset(found))
+
+    def _base(self, state: RobotState) -> Pose:
+        """What a row is relative to: the last commanded pose, unless the arm is not there."""
+        measured = Pose(np.array(state.ee_position_m, dtype=np.float64), np.array(state.ee_rotation, dtype=np.float64))
+        if self._commanded is None:
+            return measured
+        gap_m = float(np.linalg.norm(measured.position_m - self._commanded.position_m))
+        turn = float(np.trace(self._commanded.rotation.T @ measured.rotation))
+        gap_rad = math.acos(min(max(0.5 * (turn - 1.0), -1.0), 1.0))
+        if gap_m <= BASE_TOLERANCE_M and gap_rad <= BASE_TOLERANCE_RAD:
+            return self._commanded
+        self._emit("base", {"used": "measured", "gap_m": gap_m, "gap_rad": gap_rad})
+        return measured
+
+    def _emit(self, kind: str, data: dict[str, Any]) -> None:
+        if self._on_event is not None:
+            self._on_event(kind, data)
+
+
+def _as_if_at(state: RobotState, base: Pose) -> RobotState:
+    """The measured state moved to the pose that a row is relative to."""
+    shift = base.position_m - np.asarray(state.ee_position_m)
+    return replace(
+        state,
+        ee_position_m=base.position_m,
+        ee_rotation=base.rotation,
+        finger_tips_m=np.asarray(state.finger_tips_m) + shift,
+    )
+
+
+def _row_between(state: RobotState, wanted: Pose, leg: _Leg) -> list[float]:
+    """The row that leads from the measured pose to the wanted one: what the arm will really do."""
+    shift = wanted.position_m - np.asarray(state.ee_position_m)
+    row = [float(v) for v in shift]
+    if leg.width == 7:
+        row += _roll_pitch_yaw(wanted.rotation @ np.asarray(state.ee_rotation).T)
+    return [*row, leg.gripper]
+
+
+def _roll_pitch_yaw(rotation: FloatArray) -> list[float]:
+    """Angles of a small rotation; the inverse of ``rotation_of`` (far from its singularity at 90 degrees of pitch)."""
+    return [
+        math.atan2(rotation[2, 1], rotation[2, 2]),
+        math.asin(min(max(-rotation[2, 0], -1.0), 1.0)),
+        math.atan2(rotation[1, 0], rotation[0, 0]),
+    ]
+
+
+def _apply(state: RobotState, wanted: Pose, decision: Decision, leg: _Leg) -> Pose | None:
+    """The pose to command for a filtered substep; contact flattens the rest of the row too."""
+    if decision.row is None:
+        return None
+    if decision.verdict == "pass":
+        return wanted
+    target = np.asarray(state.ee_position_m) + np.array(decision.row[:3])
+    if not decision.ends_chunk:
+        leg.touched = True
+        changed = np.abs(target - wanted.position_m) > 1e-9
+        leg.goal_m = np.where(changed, target, leg.goal_m)
+        return Pose(target, wanted.rotation)
+    if leg.width == 7:
+        turn = rotation_of(np.array([decision.row[3:6]]))[0]
+        return Pose(target, turn @ np.asarray(state.ee_rotation, dtype=np.float64))
+    return Pose(target, wanted.rotation)
+
+
+def _decision_data(decision: Decision) -> dict[str, Any]:
+    return {
+        "allowed": decision.row,
+        "verdict": decision.verdict,
+        "reasons": [str(reason) for reason in decision.reasons],
+        "ends_chunk": decision.ends_chunk,
+    }
+
+
+def _substep_data(step: int, leg: _Leg, state: RobotState, target: Pose | None, decision: Decision) -> dict[str, Any]:
+    return {
+        "step": step,
+        "of": leg.steps,
+        "duration_s": leg.step_s,
+        "joints_rad": [float(v) for v in state.joints_rad],
+        "ee_position_m": [float(v) for v in state.ee_position_m],
+        "gripper": float(state.gripper),
+        "commanded_m": None if target is None else [float(v) for v in target.position_m],
+        **_decision_data(decision),
+    }
+
+
+def _names(context: SafetyContext) -> list[str]:
+    return sorted(context.contacts)
