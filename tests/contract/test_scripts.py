@@ -1,0 +1,132 @@
+"""scripts/demo and scripts/test as programs: arguments, exit codes, and that nothing is left running."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DISTRIBUTIONS = ("shared_schema", "twin", "server", "client", "training")
+
+SERVER = """#!{python}
+import http.server, pathlib, sys, os
+root = pathlib.Path(__file__).parents[2]
+(root / "server.pid").write_text(str(os.getpid()))
+if (root / "server-fails").exists():
+    sys.exit("cannot load the model")
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/readyz" else 404)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+
+CLIENT = """#!{python}
+import json, pathlib, sys, urllib.request
+root = pathlib.Path(__file__).parents[2]
+arguments = sys.argv[1:]
+(root / "arguments.json").write_text(json.dumps(arguments))
+url = arguments[arguments.index("--server") + 1]
+assert urllib.request.urlopen(url + "/readyz", timeout=5).status == 200
+episode = pathlib.Path(arguments[arguments.index("--record") + 1]) / "20260101-000000-task"
+episode.mkdir(parents=True)
+(episode / "view.html").write_text("page")
+sys.exit(int((root / "exit-code").read_text()))
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout whose environment counts as installed and whose two programs are doubles."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    shutil.copy(ROOT / "constraints.txt", tmp_path)
+    for name in DISTRIBUTIONS:
+        (tmp_path / name).mkdir()
+        shutil.copy(ROOT / name / "pyproject.toml", tmp_path / name)
+    card = tmp_path / "models/twin/base/model_card.json"
+    card.parent.mkdir(parents=True)
+    card.write_text("{}")
+    bin_folder = tmp_path / ".venv/bin"
+    bin_folder.mkdir(parents=True)
+    (bin_folder / "python").symlink_to(sys.executable)
+    for name, text in (("vlm2vla-server", SERVER), ("vlm2vla-client", CLIENT)):
+        (bin_folder / name).write_text(text.format(python=sys.executable))
+        (bin_folder / name).chmod(0o755)
+    command = 'source scripts/_env.sh; printf %s "$(fingerprint .venv/bin/python "${DEV_TOOLS[@]}")" > "$ENV_MARK"'
+    environment = {**os.environ, "ENV_MARK": ".venv/.vlm2vla-run"}
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True, timeout=30, env=environment)
+    (tmp_path / "exit-code").write_text("0")
+    return tmp_path
+
+
+def demo(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(checkout / "scripts/demo"), *arguments], capture_output=True, text=True, timeout=60)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def server_stopped(checkout: Path) -> bool:
+    pid = int((checkout / "server.pid").read_text())
+    deadline_s = time.monotonic() + 5
+    while is_running(pid) and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    return not is_running(pid)
+
+
+def test_demo_runs_the_client_with_the_defaults_and_says_where_the_page_is(checkout: Path) -> None:
+    done = demo(checkout)
+    assert done.returncode == 0, done.stderr
+    arguments = (checkout / "arguments.json").read_text()
+    for expected in ('"run"', '"--sim"', '"--task", "pick up the carrot"', '"--seed", "1000000"'):
+        assert expected in arguments
+    assert "runs/20260101-000000-task/view.html" in done.stdout
+    assert server_stopped(checkout)
+
+
+def test_demo_passes_arguments_on_and_adds_no_second_default(checkout: Path) -> None:
+    demo(checkout, "--task", "wipe the sink", "--seed=7", "--max-cycles", "3")
+    arguments = (checkout / "arguments.json").read_text()
+    assert arguments.count("--task") == 1
+    assert arguments.count("--seed") == 1
+    assert '"--max-cycles", "3"' in arguments
+    assert '"--sim"' in arguments
+
+
+@pytest.mark.parametrize("code", [3, 5])
+def test_demo_exits_with_the_code_of_the_client(checkout: Path, code: int) -> None:
+    (checkout / "exit-code").write_text(str(code))
+    assert demo(checkout).returncode == code
+    assert server_stopped(checkout)
+
+
+def test_demo_says_why_a_server_did_not_start(checkout: Path) -> None:
+    (checkout / "server-fails").touch()
+    done = demo(checkout)
+    assert done.returncode == 4
+    assert "cannot load the model" in done.stderr
+    assert not (checkout / "arguments.json").exists()
+
+
+def test_demo_names_a_missing_model(checkout: Path) -> None:
+    shutil.rmtree(checkout / "models")
+    done = demo(checkout)
+    assert done.returncode == 2
+    assert "models/twin" in done.stderr
+
+
+def test_a_missing_python_is_explained(checkout: Path) -> None:
+    command = "source scripts/_env.sh; PATH=/nonexistent find_python"
+    done = subprocess.run(["/bin/bash", "-c", command], cwd=checkout, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2
+    assert "3.11" in done.stderr
+    assert "VLM2VLA_PYTHON" in done.stderr
