@@ -23,8 +23,22 @@ from vlm2vla_schema.types import check_digit_map
 _MM_PER_M = 1000
 _MAX_LIMIT_MM = 9999
 _MAX_UTF8_BYTES = 4
-# A blank subtask is refused by the parser, so the first character is no white space, whatever its script.
-_UNICODE_SPACE = r"\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_LAST_CHARACTER = 0x10FFFF
+_CONTROL = (0x00, 0x1F)
+# Left out by name: a negated class would also accept the bytes of half a surrogate pair, which are no UTF-8 text.
+_SURROGATES = (0xD800, 0xDFFF)
+# A blank subtask is refused by the parser, so its first character is no white space, whatever the script.
+_SPACES = (
+    (0x20, 0x20),
+    (0x85, 0x85),
+    (0xA0, 0xA0),
+    (0x1680, 0x1680),
+    (0x2000, 0x200A),
+    (0x2028, 0x2029),
+    (0x202F, 0x202F),
+    (0x205F, 0x205F),
+    (0x3000, 0x3000),
+)
 
 
 def actions_grammar(
@@ -104,14 +118,25 @@ def _fractions(limit: int, digits: _Digits) -> list[str]:
     return terms
 
 
+def _characters(*excluded: tuple[int, int]) -> str:
+    """The class of all Unicode characters but control characters, surrogates, `\\` and the given ranges."""
+    backslash = (ord("\\"), ord("\\"))
+    start, ranges = 0, []
+    for low, high in sorted((_CONTROL, _SURROGATES, backslash, *excluded)):
+        if start < low:
+            ranges.append(f"\\U{start:08x}-\\U{low - 1:08x}")
+        start = high + 1
+    return "[" + "".join(ranges) + f"\\U{start:08x}-\\U{_LAST_CHARACTER:08x}]"
+
+
 def subtasks_grammar() -> str:
     """The grammar of canonical subtask lists: single quotes as in appendix D.4's example, `\\'` and `\\\\` escaped."""
-    more, rest = MAX_SUBTASKS - 1, MAX_SUBTASK_CHARS - 1
+    quote = (ord("'"), ord("'"))
     return (
-        f'root ::= "[" subtask (", " subtask){{0,{more}}} "]"\n'
-        f'subtask ::= "\'" first char{{0,{rest}}} "\'"\n'
-        f"first ::= [^'\\\\\\x00-\\x20{_UNICODE_SPACE}] | escape\n"
-        "char ::= [^'\\\\\\x00-\\x1f] | escape\n"
+        f'root ::= "[" subtask (", " subtask){{0,{MAX_SUBTASKS - 1}}} "]"\n'
+        f'subtask ::= "\'" first char{{0,{MAX_SUBTASK_CHARS - 1}}} "\'"\n'
+        f"first ::= {_characters(quote, *_SPACES)} | escape\n"
+        f"char ::= {_characters(quote)} | escape\n"
         'escape ::= "\\\\\'" | "\\\\\\\\"\n'
     )
 
@@ -119,11 +144,12 @@ def subtasks_grammar() -> str:
 def verdict_grammar() -> str:
     """The grammar of canonical verdicts: one line of JSON with the fields of appendix D.5 in its order."""
     confidences = " | ".join(f'"{confidence}"' for confidence in CONFIDENCES)
+    quote = (ord('"'), ord('"'))
     return (
         'root ::= "{\\"success\\": " ("true" | "false") ", \\"confidence\\": \\"" confidence '
         f'"\\", \\"reasoning\\": \\"" char{{1,{MAX_REASONING_CHARS}}} "\\"}}"\n'
         f"confidence ::= {confidences}\n"
-        'char ::= [^"\\\\\\x00-\\x1f] | "\\\\\\"" | "\\\\\\\\"\n'
+        f'char ::= {_characters(quote)} | "\\\\\\"" | "\\\\\\\\"\n'
     )
 
 

@@ -189,16 +189,16 @@ class ActionsResponse(StageResult):
 
 
 class CycleStages(_Answer):
-    """The common fields of each stage of a cycle."""
+    """The common fields of each stage of a cycle; `motion_plan` is null for adapters without that stage."""
 
-    motion_plan: StageResult
+    motion_plan: StageResult | None = None
     actions: StageResult
 
 
 class CycleResponse(StageResult):
     """Answer of POST /cycle; attempts, usage and timing at the top level are sums over `stages`."""
 
-    motion_plan: str
+    motion_plan: str | None
     actions: list[WireRow] = Field(min_length=1)
     stages: CycleStages
 

@@ -1,0 +1,214 @@
+"""The one place where images are decoded, resized and encoded."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
+from vlm2vla_schema.errors import ImageError
+from vlm2vla_schema.images import decode_image, encode_jpeg, from_base64, to_base64, to_model_square
+
+
+def gradient(width: int, height: int) -> NDArray[np.uint8]:
+    """A smooth colour picture."""
+    x = np.linspace(0, 255, width)[None, :].repeat(height, axis=0)
+    y = np.linspace(0, 255, height)[:, None].repeat(width, axis=1)
+    return np.stack([x, y, 255 - x], axis=-1).astype(np.uint8)
+
+
+def encoded(kind: str, mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> bytes:
+    buffer = io.BytesIO()
+    options = {"lossless": True} if kind == "WEBP" else {}
+    Image.fromarray(gradient(*size)).convert(mode).save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that promises many pixels and holds none."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_lossless_images_are_read_exactly(kind: str) -> None:
+    assert np.array_equal(decode_image(encoded(kind)), gradient(40, 30))
+
+
+def test_jpeg_at_full_size_keeps_colours_and_is_4_4_4() -> None:
+    picture = gradient(64, 48)
+    data = encode_jpeg(picture)
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.format == "JPEG"
+        assert [layer[1:3] for layer in image.layer] == [(1, 1)] * 3  # type: ignore[attr-defined]
+    difference = np.abs(decode_image(data).astype(int) - picture.astype(int))
+    assert difference.max() <= 12
+    assert difference.mean() < 1.5
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((640, 480), (640, 480)),
+        ((320, 240), (320, 240)),
+        ((1280, 720), (640, 360)),
+        ((480, 640), (360, 480)),
+        ((3000, 2), (640, 1)),
+    ],
+)
+def test_large_frames_are_shrunk_and_small_ones_left(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    decoded = decode_image(encode_jpeg(gradient(*size)))
+    assert decoded.shape == (expected[1], expected[0], 3)
+    assert decoded.dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("PNG", "RGBA"), ("PNG", "P"), ("PNG", "L"), ("PNG", "1"), ("JPEG", "L"), ("JPEG", "CMYK")]
+)
+def test_other_modes_become_rgb(kind: str, mode: str) -> None:
+    decoded = decode_image(encoded(kind, mode))
+    assert decoded.shape == (30, 40, 3)
+    assert decoded.flags.writeable
+
+
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "PPM", "ICO"])
+def test_other_formats_are_refused(kind: str) -> None:
+    with pytest.raises(ImageError):
+        decode_image(encoded(kind))
+
+
+def test_sixteen_bit_images_are_refused() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 40_000, dtype=np.uint16)).save(buffer, format="PNG")
+    with pytest.raises(ImageError, match="8 bits"):
+        decode_image(buffer.getvalue())
+
+
+@pytest.mark.parametrize("size", [(5000, 5000), (20_000, 20_000), (2**31 - 1, 2**31 - 1), (0, 5)])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_promise_of_many_pixels_is_refused_from_the_header(size: tuple[int, int]) -> None:
+    with pytest.raises(ImageError):
+        decode_image(png_header(*size))
+
+
+def test_the_pixel_limit_is_a_setting() -> None:
+    data = encoded("PNG")
+    assert decode_image(data, max_pixels=1200).shape == (30, 40, 3)
+    with pytest.raises(ImageError, match="40 x 30"):
+        decode_image(data, max_pixels=1199)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_files_cut_anywhere_are_refused(kind: str) -> None:
+    data = encoded(kind, size=(16, 12))
+    for length in range(len(data)):
+        with pytest.raises(ImageError):
+            decode_image(data[:length])
+
+
+def test_bytes_after_the_end_do_no_harm() -> None:
+    for kind in ("JPEG", "PNG", "WEBP"):
+        assert decode_image(encoded(kind) + b"\0\0").shape == (30, 40, 3)
+
+
+@given(
+    st.sampled_from(["JPEG", "PNG", "WEBP"]),
+    st.lists(st.tuples(st.integers(0), st.binary(max_size=4)), min_size=1, max_size=6),
+)
+def test_damaged_files_decode_or_raise_image_error(kind: str, damage: list[tuple[int, bytes]]) -> None:
+    data = bytearray(encoded(kind, size=(16, 12)))
+    for place, patch in damage:
+        at = place % len(data)
+        data[at : at + len(patch)] = patch
+    with contextlib.suppress(ImageError):
+        assert decode_image(bytes(data), max_pixels=100_000).shape[2] == 3
+
+
+@given(st.binary(max_size=200))
+def test_noise_is_refused(data: bytes) -> None:
+    with pytest.raises(ImageError):
+        decode_image(data)
+
+
+def test_the_model_square_squashes_and_never_crops() -> None:
+    picture = np.zeros((48, 96, 3), dtype=np.uint8)
+    picture[:, :48] = (255, 0, 0)
+    picture[:, 48:] = (0, 0, 255)
+    square = to_model_square(picture, 32)
+    assert square.shape == (32, 32, 3)
+    assert square[:, :12].mean(axis=(0, 1)) == pytest.approx([255, 0, 0])
+    assert square[:, -12:].mean(axis=(0, 1)) == pytest.approx([0, 0, 255])
+    expected = Image.fromarray(picture).resize((32, 32), Image.Resampling.LANCZOS)
+    assert np.array_equal(square, np.asarray(expected))
+
+
+def test_the_model_square_of_a_square_is_itself() -> None:
+    picture = gradient(32, 32)
+    assert np.array_equal(to_model_square(picture, 32), picture)
+    assert np.array_equal(to_model_square(picture[:, ::-1], 32), picture[:, ::-1])
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((4, 4), dtype=np.uint8),
+        np.zeros((4, 4, 4), dtype=np.uint8),
+        np.zeros((0, 4, 3), dtype=np.uint8),
+        np.zeros((4, 4, 3), dtype=np.float32),
+    ],
+)
+def test_arrays_that_are_no_picture_are_refused(array: NDArray[np.uint8]) -> None:
+    with pytest.raises(ImageError, match="uint8"):
+        encode_jpeg(array)
+    with pytest.raises(ImageError, match="uint8"):
+        to_model_square(array, 8)
+
+
+def test_base64_and_data_urls() -> None:
+    data = encoded("JPEG")
+    text = to_base64(data)
+    assert from_base64(text) == data
+    for kind in ("image/jpeg", "image/png", "", "image/jpeg;name=a.jpg"):
+        assert from_base64(f"data:{kind};base64,{text}") == data
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "abc",
+        "a b=",
+        "!!!!",
+        "http://example.org/a.jpg",
+        "file:///etc/passwd",
+        "/etc/passwd",
+        "data:image/jpeg,abcd",
+        "data:;base64,",
+        "dätä",
+        "QUJD\nQUJD",
+    ],
+)
+def test_other_texts_are_refused(text: str) -> None:
+    with pytest.raises(ImageError):
+        data = from_base64(text)
+        decode_image(data)
+
+
+def test_bridge_frame_size_round_trip() -> None:
+    frame = gradient(256, 256)
+    sent = encode_jpeg(frame)
+    assert base64.b64decode(to_base64(sent)) == sent
+    assert to_model_square(decode_image(sent), 112).shape == (112, 112, 3)
