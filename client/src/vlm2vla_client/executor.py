@@ -8,22 +8,21 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from enum import StrEnum
-from typing import Any, Final, Protocol
+from dataclasses import replace
+from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vlm2vla_client.clock import Clock
 from vlm2vla_client.errors import ConfigurationError, RobotError
+from vlm2vla_client.executor_types import ChunkResult, Monitor, MotionStart, NoMonitor, Outcome, RowResult
+from vlm2vla_client.motion import Leg, apply_decision, as_if_at, decision_data, plan_leg, row_between, substep_data
 from vlm2vla_client.robots.base import Robot
-from vlm2vla_client.safety import Decision, Limits, Reason, RobotState, SafetyContext, filter_row
-from vlm2vla_client.safety_geometry import motion_seconds, rotation_of
-from vlm2vla_client.safety_types import MAX_SUBSTEP_M, MAX_SUBSTEP_S, MAX_ZEROED_ROWS
+from vlm2vla_client.safety import Limits, Reason, RobotState, SafetyContext, filter_row
+from vlm2vla_client.safety_geometry import rotation_of
+from vlm2vla_client.safety_types import CONTACT_MARGIN_M, MAX_ZEROED_ROWS
 from vlm2vla_twin.kinematics import Pose, forward
 
-FloatArray = NDArray[np.float64]
 EventSink = Callable[[str, dict[str, Any]], None]
 
 MAX_START_FRAME_AGE_S: Final = 0.5
@@ -38,89 +37,8 @@ _POLL_S: Final = 0.02
 _GRIPPER_STILL_S: Final = 0.2
 
 
-class Monitor(Protocol):
-    """Watches what must hold while the arm moves: server liveness, camera, operator, driver."""
-
-    def fault(self) -> str | None:
-        """What went wrong, or None. Polled at least every 0.1 s of motion; must return at once."""
-        ...
-
-
-class NoMonitor:
-    """Nothing to watch: for motion that nobody else's machine decides, such as homing the twin."""
-
-    def fault(self) -> str | None:
-        """Never a fault."""
-        return None
-
-
-class Outcome(StrEnum):
-    """How a chunk ended. Only COMPLETED and ENDED_EARLY leave the arm where a row put it; the others hold it."""
-
-    COMPLETED = "completed"
-    ENDED_EARLY = "ended_early"
-    REFUSED = "refused"
-    NOT_ARRIVED = "not_arrived"
-    NOT_STARTED = "not_started"
-    FAULT = "fault"
-
-
-@dataclass(frozen=True, eq=False)
-class MotionStart:
-    """What the motion-start rule compares with the present.
-
-    ``newest_frame_s``: stamp of the newest frame; ``captured_position_m`` [3]: where the end effector was measured when
-    the frame that the chunk was computed from was captured.
-    """
-
-    newest_frame_s: float
-    captured_position_m: FloatArray
-
-
-@dataclass(frozen=True)
-class RowResult:
-    """One row: as received, the filter's decision, how many substeps ran, and whether the arm got there."""
-
-    index: int
-    row: list[float]
-    decision: Decision
-    substeps: int
-    arrived: bool
-
-
-@dataclass(frozen=True)
-class ChunkResult:
-    """What became of a chunk; ``reason`` is for people, ``reasons`` are the filter's that ended it."""
-
-    outcome: Outcome
-    rows: tuple[RowResult, ...]
-    reason: str = ""
-    reasons: tuple[Reason, ...] = ()
-
-    @property
-    def moved(self) -> bool:
-        """Whether the arm was commanded at all."""
-        return any(row.substeps for row in self.rows)
-
-
 class _Fault(Exception):
     """A monitor reported a fault; leaves the executor as an Outcome, never as an exception."""
-
-
-@dataclass
-class _Leg:
-    """The translation of one row while it runs."""
-
-    goal_m: FloatArray
-    base: Pose
-    turned_rad: FloatArray
-    gripper: float
-    width: int
-    steps: int
-    step_s: float
-    done: int = 0
-    touched: bool = False
-    stop: Decision | None = None
 
 
 class Executor:
@@ -194,8 +112,9 @@ class Executor:
     def hold(self, reason: str) -> None:
         """Stop here and now; the next row starts from the measured pose. Raises RobotError if even that fails."""
         self._commanded = None
-        self._emit("hold", {"reason": reason})
+        # First the arm, then the record of it: a full disk must not keep the arm moving.
         self._robot.hold(reason)
+        self._emit("hold", {"reason": reason})
 
     # --- one chunk ------------------------------------------------------------------------------------------------
 
@@ -237,16 +156,18 @@ class Executor:
             return f"the arm is {1000 * shift_m:.1f} mm from its pose at capture (limit {1000 * MAX_START_SHIFT_M} mm)"
         return None
 
-    def _row(self, index: int, row: Sequence[float], context: SafetyContext) -> tuple[RowResult, _Leg | None]:
+    def _row(self, index: int, row: Sequence[float], context: SafetyContext) -> tuple[RowResult, Leg | None]:
         state = self._state()
         base = self._base(state)
         touching = self._touching(context, state)
-        decision = filter_row(row, _as_if_at(state, base), touching, self._limits)
+        decision = filter_row(row, as_if_at(state, base), touching, self._limits)
         given = list(row)
-        self._emit("row", {"index": index, "row": given, **_decision_data(decision), "contacts": _names(touching)})
+        self._emit(
+            "row", {"index": index, "row": given, **decision_data(decision), "contacts": sorted(touching.contacts)}
+        )
         if decision.row is None:
             return RowResult(index, given, decision, 0, False), None
-        leg = self._plan(state, base, decision.row)
+        leg = plan_leg(state, base, decision.row, self._pace)
         if leg.steps == 0:
             self._move_gripper(leg.gripper)
             return RowResult(index, given, decision, 0, True), leg
@@ -258,7 +179,7 @@ class Executor:
             self._move_gripper(leg.gripper)
         return RowResult(index, given, decision, leg.done, arrived), leg
 
-    def _after_row(self, result: RowResult, leg: _Leg | None, done: tuple[RowResult, ...]) -> ChunkResult | None:
+    def _after_row(self, result: RowResult, leg: Leg | None, done: tuple[RowResult, ...]) -> ChunkResult | None:
         """The end of the chunk, if this row was it."""
         decision = result.decision
         stop = leg.stop if leg is not None else None
@@ -277,7 +198,7 @@ class Executor:
             return ChunkResult(Outcome.ENDED_EARLY, done, why, changed.reasons)
         return None
 
-    def _stood_still(self, result: RowResult, leg: _Leg | None) -> bool:
+    def _stood_still(self, result: RowResult, leg: Leg | None) -> bool:
         """Whether contact stopped the whole of a row's non-zero translation, in the row's check or in its substeps."""
         contact = {Reason.COUNTER_CONTACT, Reason.WALL_CONTACT} & set(result.decision.reasons)
         if leg is None or not any(result.row[:3]) or not (contact or leg.touched):
@@ -287,20 +208,7 @@ class Executor:
 
     # --- one row --------------------------------------------------------------------------------------------------
 
-    def _plan(self, state: RobotState, base: Pose, row: list[float]) -> _Leg:
-        moved = np.array(row[:3])
-        turned = np.array(row[3:6]) if len(row) == 7 else np.zeros(3)
-        goal = base.position_m + moved
-        if not moved.any() and not turned.any():
-            return _Leg(goal, base, turned, row[-1], len(row), 0, 0.0)
-        lever = float(np.linalg.norm(np.asarray(state.finger_tips_m) - np.asarray(state.ee_position_m), axis=1).max())
-        seconds = motion_seconds(moved, turned, lever, self._pace)
-        travel = float(np.linalg.norm(moved)) + lever * float(np.linalg.norm(turned))
-        # A hair less than the quotient, so that rounding does not buy an extra substep.
-        steps = max(math.ceil(travel / MAX_SUBSTEP_M - 1e-9), math.ceil(seconds / MAX_SUBSTEP_S - 1e-9), 1)
-        return _Leg(goal, base, turned, row[-1], len(row), steps, seconds / steps)
-
-    def _travel(self, leg: _Leg, context: SafetyContext) -> None:
+    def _travel(self, leg: Leg, context: SafetyContext) -> None:
         """Run the substeps; sets ``leg.stop`` when one was refused or changed in a way that ends the chunk."""
         at = leg.base.position_m
         # Rows in a row are counted here, not substeps.
@@ -312,9 +220,9 @@ class Executor:
                 at + (leg.goal_m - at) / (leg.steps - step + 1),
                 rotation_of(leg.turned_rad[None] * (step / leg.steps))[0] @ leg.base.rotation,
             )
-            decision = filter_row(_row_between(state, wanted, leg), state, self._touching(plain, state), self._limits)
-            target = _apply(state, wanted, decision, leg)
-            self._emit("substep", _substep_data(step, leg, state, target, decision))
+            decision = filter_row(row_between(state, wanted, leg), state, self._touching(plain, state), self._limits)
+            target = apply_decision(state, wanted, decision, leg)
+            self._emit("substep", substep_data(step, leg, state, target, decision))
             if target is None:
                 leg.stop = decision
                 return
@@ -389,7 +297,7 @@ class Executor:
 
     def _touching(self, context: SafetyContext, state: RobotState) -> SafetyContext:
         found = set(context.contacts) | set(self._robot.contacts())
-        floor_m = self._limits.counter_z_m
+        floor_m = self._limits.counter_z_m + CONTACT_MARGIN_M
         if float(np.asarray(state.finger_tips_m)[:, 2].min()) <= floor_m:
             found.add("counter")
         return replace(context, contacts=frozenset(found))
@@ -412,74 +320,13 @@ class Executor:
             self._on_event(kind, data)
 
 
-def _as_if_at(state: RobotState, base: Pose) -> RobotState:
-    """The measured state moved to the pose that a row is relative to."""
-    shift = base.position_m - np.asarray(state.ee_position_m)
-    return replace(
-        state,
-        ee_position_m=base.position_m,
-        ee_rotation=base.rotation,
-        finger_tips_m=np.asarray(state.finger_tips_m) + shift,
-    )
-
-
-def _row_between(state: RobotState, wanted: Pose, leg: _Leg) -> list[float]:
-    """The row that leads from the measured pose to the wanted one: what the arm will really do."""
-    shift = wanted.position_m - np.asarray(state.ee_position_m)
-    row = [float(v) for v in shift]
-    if leg.width == 7:
-        row += _roll_pitch_yaw(wanted.rotation @ np.asarray(state.ee_rotation).T)
-    return [*row, leg.gripper]
-
-
-def _roll_pitch_yaw(rotation: FloatArray) -> list[float]:
-    """Angles of a small rotation; the inverse of ``rotation_of`` (far from its singularity at 90 degrees of pitch)."""
-    return [
-        math.atan2(rotation[2, 1], rotation[2, 2]),
-        math.asin(min(max(-rotation[2, 0], -1.0), 1.0)),
-        math.atan2(rotation[1, 0], rotation[0, 0]),
-    ]
-
-
-def _apply(state: RobotState, wanted: Pose, decision: Decision, leg: _Leg) -> Pose | None:
-    """The pose to command for a filtered substep; contact flattens the rest of the row too."""
-    if decision.row is None:
-        return None
-    if decision.verdict == "pass":
-        return wanted
-    target = np.asarray(state.ee_position_m) + np.array(decision.row[:3])
-    if not decision.ends_chunk:
-        leg.touched = True
-        changed = np.abs(target - wanted.position_m) > 1e-9
-        leg.goal_m = np.where(changed, target, leg.goal_m)
-        return Pose(target, wanted.rotation)
-    if leg.width == 7:
-        turn = rotation_of(np.array([decision.row[3:6]]))[0]
-        return Pose(target, turn @ np.asarray(state.ee_rotation, dtype=np.float64))
-    return Pose(target, wanted.rotation)
-
-
-def _decision_data(decision: Decision) -> dict[str, Any]:
-    return {
-        "allowed": decision.row,
-        "verdict": decision.verdict,
-        "reasons": [str(reason) for reason in decision.reasons],
-        "ends_chunk": decision.ends_chunk,
-    }
-
-
-def _substep_data(step: int, leg: _Leg, state: RobotState, target: Pose | None, decision: Decision) -> dict[str, Any]:
-    return {
-        "step": step,
-        "of": leg.steps,
-        "duration_s": leg.step_s,
-        "joints_rad": [float(v) for v in state.joints_rad],
-        "ee_position_m": [float(v) for v in state.ee_position_m],
-        "gripper": float(state.gripper),
-        "commanded_m": None if target is None else [float(v) for v in target.position_m],
-        **_decision_data(decision),
-    }
-
-
-def _names(context: SafetyContext) -> list[str]:
-    return sorted(context.contacts)
+__all__ = [
+    "ChunkResult",
+    "EventSink",
+    "Executor",
+    "Monitor",
+    "MotionStart",
+    "NoMonitor",
+    "Outcome",
+    "RowResult",
+]
