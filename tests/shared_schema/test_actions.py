@@ -201,20 +201,20 @@ def test_refused(text: str) -> None:
     ids=["nesting", "digits", "decimals", "space", "lines", "tail", "rows", "exponent", "ticks"],
 )
 def test_hostile_text_costs_linear_time(text: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ParseError):
         parse_actions(text)
-    assert time.perf_counter() - start < 5.0
+    assert time.process_time() - start < 5.0
 
 
 def test_one_character_at_a_time_costs_linear_time() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     stream = RowStream()
     for char in "[[0." + "1" * 200_000:
         stream.feed(char)
     with pytest.raises(ParseError):
         stream.feed(",0,0,1]]" + "x")
-    assert time.perf_counter() - start < 5.0
+    assert time.process_time() - start < 5.0
 
 
 def test_the_limits_are_settings() -> None:
@@ -352,6 +352,7 @@ def test_token_text_that_is_refused(text: str) -> None:
         {**DIGIT_MAP, "9": DIGIT_MAP["8"] + "x"},
         {**DIGIT_MAP, "9": "[a"},
         {**DIGIT_MAP, "9": "1a"},
+        {**DIGIT_MAP, "9": "<" * 65},
     ],
 )
 def test_maps_that_cannot_be_undone_are_refused(digit_map: dict[str, str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import xgrammar as xgr
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm2vla_schema import grammar
@@ -83,7 +83,6 @@ def sentence(ebnf: str, seed: int, prefer: bytes = b"", max_bytes: int = 20_000)
     raise AssertionError("the grammar has no end in sight")
 
 
-@settings(deadline=None)
 @given(rows_strategy)
 def test_every_canonical_chunk_is_accepted(rows: list[list[float]]) -> None:
     text = format_actions(rows)
@@ -165,13 +164,11 @@ def test_mapped_digits_may_be_single_tokens() -> None:
     assert matcher.accept_token(len(vocabulary) - 1)
 
 
-@settings(deadline=None)
 @given(st.lists(written, min_size=1, max_size=20))
 def test_every_canonical_list_of_subtasks_is_accepted(names: list[str]) -> None:
     assert accepts(grammar.subtasks_grammar(), format_subtasks(names))
 
 
-@settings(deadline=None)
 @given(verdicts)
 def test_every_canonical_verdict_is_accepted(verdict: Verdict) -> None:
     assert accepts(grammar.verdict_grammar(), format_verdict(verdict))

@@ -119,6 +119,16 @@ def test_files_cut_anywhere_are_refused(kind: str) -> None:
             decode_image(data[:length])
 
 
+def test_jpeg_files_of_endless_scans_are_refused() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(gradient(64, 64)).save(buffer, format="JPEG", progressive=True)
+    data = buffer.getvalue()
+    assert decode_image(data).shape == (64, 64, 3)
+    last_scan = data[data.rfind(b"\xff\xda") : -2]
+    with pytest.raises(ImageError, match="scans"):
+        decode_image(data[:-2] + last_scan * 200 + data[-2:])
+
+
 def test_bytes_after_the_end_do_no_harm() -> None:
     for kind in ("JPEG", "PNG", "WEBP"):
         assert decode_image(encoded(kind) + b"\0\0").shape == (30, 40, 3)

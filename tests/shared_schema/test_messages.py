@@ -177,6 +177,12 @@ def test_details_never_repeat_the_received_value() -> None:
     assert {problem["field"] for problem in details["problems"]} == {"image", "task", "scenario", "seed"}
 
 
+def test_details_of_a_hostile_body_stay_short() -> None:
+    with pytest.raises(ValidationError) as caught:
+        m.SubtasksRequest.model_validate({f"x{number}" * 100: 1 for number in range(1000)})
+    assert len(json.dumps(validation_details(caught.value))) < 10_000
+
+
 def common() -> dict[str, Any]:
     return {
         "model": "twin",

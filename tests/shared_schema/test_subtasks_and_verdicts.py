@@ -165,11 +165,11 @@ HOSTILE = {
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
 def test_hostile_text_costs_linear_time(text: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     for parse in (parse_subtasks, parse_verdict, parse_motion_plan):
         with pytest.raises(ParseError):
             parse(text)
-    assert time.perf_counter() - start < 6.0
+    assert time.process_time() - start < 6.0
 
 
 def test_motion_plans() -> None:

@@ -1,7 +1,7 @@
 """Displacements as directional words with words of degree (section 3.1: 'move left', 'move down and slightly forward').
 
-One vocabulary serves the annotation of logs, the twin's base model and the scripted demonstrator, so that a phrase means the
-same distance everywhere. There are no digits in it: numbers belong to the third stage.
+One vocabulary serves the annotation of logs, the twin's base model and the scripted demonstrator, so that a phrase
+means the same distance everywhere. There are no digits in it: numbers belong to the third stage.
 """
 
 from __future__ import annotations

@@ -96,12 +96,16 @@ class ErrorBody(BaseModel):
 
 
 _MAX_LOCATION_CHARS = 200
+_MAX_PROBLEMS = 20
 
 
 def validation_details(error: ValidationError) -> dict[str, Any]:
-    """Turn pydantic's report into `details` that name fields and rules but never repeat a received value."""
+    """Turn pydantic's report into `details` that name fields and rules but never repeat a received value.
+
+    At most 20 problems are listed: a hostile body can hold a million.
+    """
     problems = []
-    for item in error.errors(include_url=False, include_context=False, include_input=False):
+    for item in error.errors(include_url=False, include_context=False, include_input=False)[:_MAX_PROBLEMS]:
         location = ".".join(str(part) for part in item["loc"])[:_MAX_LOCATION_CHARS]
         problems.append({"field": location, "problem": item["msg"], "type": item["type"]})
     return {"problems": problems}

@@ -23,6 +23,7 @@ MAX_HEIGHT = 480
 MAX_PIXELS = 16_777_216
 """Default limit of `decode_image`: 4096 x 4096; a camera frame is 640 x 480."""
 
+_MAX_JPEG_SCANS = 100
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _EIGHT_BIT_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "La", "CMYK", "YCbCr"})
 _DATA_URL = re.compile(r"data:[A-Za-z0-9!#$&^_.+/;=-]{0,100};base64,")
@@ -71,12 +72,15 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]
 
 
 def _check_complete(data: bytes, image: Image.Image) -> None:
-    """The decoders accept files that end after the last pixel but before the end mark: a cut download all the same."""
+    """Refuse what the decoders let pass: files cut between the last pixel and the end mark, and endless JPEG scans."""
     if image.format == "PNG":
         complete = data.rfind(b"IEND\xaeB`\x82") >= 0
     elif image.format == "WEBP":
         complete = len(data) >= 8 + int.from_bytes(data[4:8], "little")
     else:
+        # A few bytes make one more scan over all pixels, so small files can keep a decoder busy for hours.
+        if data.count(b"\xff\xda") > _MAX_JPEG_SCANS:
+            raise ImageError(f"the JPEG image has more than {_MAX_JPEG_SCANS} scans")
         # Inside a scan every 0xff byte is stuffed, so an end mark after the last start of a scan is the real one.
         complete = data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
     if not complete:

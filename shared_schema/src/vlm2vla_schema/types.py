@@ -31,6 +31,7 @@ Representation: TypeAlias = Literal["text", "tokens"]
 
 MODEL_CARD_FILE = "model_card.json"
 _MAX_CARD_BYTES = 8 * 1024 * 1024
+_MAX_DIGIT_TOKEN_CHARS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,13 +151,15 @@ def check_digit_map(digit_map: dict[str, str]) -> None:
     """Check that a digit map can be undone without ambiguity.
 
     Raises:
-        ValueError: keys are not exactly "0".."9", or a value is empty, shared, a prefix of another, or made of
-            characters that action text itself uses at its start.
+        ValueError: keys are not exactly "0".."9", or a value is empty, too long, shared, a prefix of another,
+            or starts with a character that action text itself uses.
     """
     if sorted(digit_map) != list("0123456789"):
         raise ValueError('digit_map must have exactly the keys "0" to "9"')
     values = list(digit_map.values())
     for index, value in enumerate(values):
+        if len(value) > _MAX_DIGIT_TOKEN_CHARS:
+            raise ValueError(f"digit_map: no value may be longer than {_MAX_DIGIT_TOKEN_CHARS} characters")
         if not value or value[0] in "0123456789[]-+., \t\r\n`eE":
             raise ValueError("digit_map: every value must start with a character that action text does not use")
         if any(other.startswith(value) for place, other in enumerate(values) if place != index):
