@@ -145,12 +145,20 @@ def verdict_grammar() -> str:
     """The grammar of canonical verdicts: one line of JSON with the fields of appendix D.5 in its order."""
     confidences = " | ".join(f'"{confidence}"' for confidence in CONFIDENCES)
     quote = (ord('"'), ord('"'))
+    # Counted in blocks: the matcher's time for a token grows with the count, and one count of 500 costs 20 ms a token.
+    size = _largest_divisor(MAX_REASONING_CHARS, 25)
+    blocks = MAX_REASONING_CHARS // size
     return (
         'root ::= "{\\"success\\": " ("true" | "false") ", \\"confidence\\": \\"" confidence '
-        f'"\\", \\"reasoning\\": \\"" char{{1,{MAX_REASONING_CHARS}}} "\\"}}"\n'
+        f'"\\", \\"reasoning\\": \\"" block{{0,{blocks - 1}}} char{{1,{size}}} "\\"}}"\n'
+        f"block ::= char{{{size}}}\n"
         f"confidence ::= {confidences}\n"
         f'char ::= {_characters(quote)} | "\\\\\\"" | "\\\\\\\\"\n'
     )
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return max(size for size in range(1, most + 1) if number % size == 0)
 
 
 def longest_actions_text(
