@@ -1,0 +1,180 @@
+"""The HTTP API of protocol 1 (docs/protocol.md) as a FastAPI application.
+
+Every route is native; `/v1/*` (OpenAI's shape) is a later issue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI, Request
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from vlm2vla_schema import messages as wire
+from vlm2vla_schema.errors import ErrorBody, ErrorCode
+from vlm2vla_server import generation
+from vlm2vla_server.engines.base import Engine
+from vlm2vla_server.errors import (
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    PayloadTooLarge,
+    ServerError,
+    UnsupportedMediaType,
+)
+from vlm2vla_server.exchange import Handler, echo_id, handle
+from vlm2vla_server.guard import Guard, error_body
+from vlm2vla_server.service import ServerInfo, Service
+from vlm2vla_server.settings import Settings
+
+GENERATING: tuple[tuple[str, type[Any], type[BaseModel], Handler[Any], bool], ...] = (
+    ("/subtasks", wire.SubtasksRequest, wire.SubtasksResponse, generation.subtasks, False),
+    ("/motion_plan", wire.MotionPlanRequest, wire.MotionPlanResponse, generation.motion_plan, False),
+    ("/actions", wire.ActionsRequest, wire.ActionsResponse, generation.actions, True),
+    ("/cycle", wire.CycleRequest, wire.CycleResponse, generation.cycle, True),
+    ("/verify", wire.VerifyRequest, wire.VerifyResponse, generation.verify, False),
+    ("/vqa", wire.VqaRequest, wire.VqaResponse, generation.vqa, False),
+)
+"""Path, request, answer, function, and whether it streams (and then: whether the newest of an episode wins)."""
+
+PATHS = frozenset(
+    {row[0] for row in GENERATING} | {"/healthz", "/readyz", "/info", "/metrics", "/docs", "/openapi.json"}
+)
+
+
+def create_app(settings: Settings, engine: Engine) -> ASGIApp:
+    """The application over an engine that is not started yet: start-up runs beside serving, so that /healthz answers
+    while the model loads."""
+    service = Service(settings, engine)
+    return Guard(
+        build_api(service),
+        api_key=settings.api_key,
+        metrics=service.metrics,
+        paths=PATHS,
+        max_body_bytes=settings.max_body_bytes,
+    )
+
+
+def build_api(service: Service) -> FastAPI:
+    """Routes and error handlers, without the guard around them."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        starting = asyncio.create_task(service.start())
+        try:
+            yield
+        finally:
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            await service.close()
+
+    api = FastAPI(
+        title="vlm2vla-server",
+        summary="A vision-language model served as a robot policy that speaks",
+        version=str(wire.PROTOCOL),
+        lifespan=lifespan,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    _add_error_handlers(api)
+    for path, request_model, answer_model, handler, streams in GENERATING:
+        _add_generating(api, service, path, request_model, answer_model, handler, streams)
+    _add_plain(api, service)
+    return api
+
+
+def _add_generating(
+    api: FastAPI,
+    service: Service,
+    path: str,
+    request_model: type[Any],
+    answer_model: type[BaseModel],
+    handler: Handler[Any],
+    streams: bool,
+) -> None:
+    async def endpoint(request: Request) -> Response:
+        return await handle(service, request, request_model, handler, streams=streams, exclusive=streams)
+
+    schema = {"schema": request_model.model_json_schema()}
+    api.add_api_route(
+        path,
+        endpoint,
+        methods=["POST"],
+        name=path.strip("/"),
+        summary=(handler.__doc__ or "").split("\n")[0],
+        response_model=None,
+        responses={200: {"model": answer_model}, **_error_responses()},
+        openapi_extra={
+            "requestBody": {"required": True, "content": {"application/json": schema, "multipart/form-data": schema}}
+        },
+    )
+
+
+def _error_responses() -> dict[int | str, dict[str, Any]]:
+    codes: dict[int, list[str]] = {}
+    for code in ErrorCode:
+        codes.setdefault(code.http_status, []).append(code.value)
+    return {status: {"model": ErrorBody, "description": ", ".join(names)} for status, names in codes.items()}
+
+
+def _add_plain(api: FastAPI, service: Service) -> None:
+    @api.get("/healthz", summary="The process is alive")
+    async def healthz() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @api.get("/readyz", summary="Weights loaded, warmed up, adapters proven active", responses=_not_ready())
+    async def readyz() -> dict[str, str | None]:
+        service.require_ready()
+        return {"status": "ready", "reason": service.reason}
+
+    @api.get("/info", summary="Protocol, models, limits, units, versions")
+    async def info() -> ServerInfo:
+        return service.info()
+
+    @api.get("/metrics", summary="Prometheus", response_class=Response)
+    async def metrics() -> Response:
+        text = service.metrics.exposition(service.engine.load())
+        return Response(text, media_type=service.metrics.content_type)
+
+
+def _not_ready() -> dict[int | str, dict[str, Any]]:
+    return {503: {"model": ErrorBody, "description": "not_ready"}}
+
+
+def _add_error_handlers(api: FastAPI) -> None:
+    async def ours(request: Request, problem: Exception) -> Response:
+        assert isinstance(problem, ServerError)
+        return Response(
+            error_body(problem, echo_id(request.scope)),
+            status_code=problem.code.http_status,
+            media_type="application/json",
+            headers=problem.headers,
+        )
+
+    async def frameworks(request: Request, problem: Exception) -> Response:
+        assert isinstance(problem, HTTPException)
+        return await ours(request, _translate(request, problem))
+
+    api.add_exception_handler(ServerError, ours)
+    api.add_exception_handler(HTTPException, frameworks)
+
+
+def _translate(request: Request, problem: HTTPException) -> ServerError:
+    if problem.status_code == 404:
+        return NotFound("no such path; GET /docs lists all", details={"paths": sorted(PATHS)})
+    if problem.status_code == 405:
+        return MethodNotAllowed("this path does not take this method", headers=dict(problem.headers or {}))
+    if problem.status_code == 413:
+        return PayloadTooLarge("the body is too large")
+    if problem.status_code == 415:
+        return UnsupportedMediaType("expected application/json or multipart/form-data")
+    return InvalidRequest("the request cannot be read")
+
+
+__all__ = ["build_api", "create_app"]

@@ -1,0 +1,190 @@
+"""One generating request over HTTP: admission, the task that does the work, its cancellation, its answer or stream.
+
+The work runs in a task of its own, so that a caller who leaves, or a newer request of the same episode, can stop it
+at any moment; stopping it frees the engine within one token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from vlm2vla_schema import messages as wire
+from vlm2vla_schema.errors import ErrorInfo
+from vlm2vla_server.admission import Ticket
+from vlm2vla_server.bodies import parse_body, read_body
+from vlm2vla_server.errors import Cancelled, DeadlineExceeded, EngineFailure, ServerError
+from vlm2vla_server.generation import Call
+from vlm2vla_server.guard import RECEIVED_KEY, REQUEST_ID_KEY
+from vlm2vla_server.policy import Clocking
+from vlm2vla_server.service import Service
+
+log = logging.getLogger("vlm2vla_server")
+
+R = TypeVar("R", bound=wire.GenerationFields)
+Handler = Callable[[R, Call], Awaitable[wire.StageResult]]
+NDJSON = "application/x-ndjson"
+SUPERSEDE_TIMEOUT_S = 2.0
+SEND_TIMEOUT_S = 10.0
+
+
+class Work:
+    """The running request: `events` receives plan and row events, then the answer or the error, which is the last."""
+
+    def __init__(
+        self, task: asyncio.Task[None], events: asyncio.Queue[BaseModel | ServerError], leave: asyncio.Task[None]
+    ) -> None:
+        self.task = task
+        self.events = events
+        self._leave = leave
+
+    async def next(self) -> BaseModel | ServerError:
+        """The next event."""
+        return await self.events.get()
+
+    async def stop(self) -> None:
+        """Cancel whatever still runs, and wait for it."""
+        for task in (self.task, self._leave):
+            task.cancel()
+        await asyncio.gather(self.task, self._leave, return_exceptions=True)
+
+
+async def handle(
+    service: Service, request: Request, model: type[R], handler: Handler[R], *, streams: bool, exclusive: bool
+) -> Response:
+    """Serve one request. streams: the endpoint can answer as NDJSON. exclusive: newest of its episode wins."""
+    with service.admission.reading():
+        body = await read_body(request, service.settings.max_body_bytes, service.settings.body_timeout_s)
+        parsed = await parse_body(request.headers, body, model)
+        del body
+    if parsed.request_id is not None:
+        request.scope["vlm2vla.echo_id"] = parsed.request_id
+    service.require_ready()
+    wants_stream = streams and NDJSON in request.headers.get("accept", "").lower()
+    work = _begin(service, request, parsed, handler, stream=wants_stream, exclusive=exclusive)
+    try:
+        first = await work.next()
+    except asyncio.CancelledError:
+        await work.stop()
+        raise
+    if isinstance(first, ServerError):
+        await work.stop()
+        raise first
+    if wants_stream:
+        return EventStream(work, first, echo_id(request.scope))
+    await work.stop()
+    return Response(first.model_dump_json(), media_type="application/json")
+
+
+def echo_id(scope: Scope) -> str:
+    """The caller's request id, or the server's own for this request."""
+    return str(scope.get("vlm2vla.echo_id") or scope[REQUEST_ID_KEY])
+
+
+def _begin(
+    service: Service, request: Request, parsed: R, handler: Handler[R], *, stream: bool, exclusive: bool
+) -> Work:
+    received_s: float = request.scope[RECEIVED_KEY]
+    events: asyncio.Queue[BaseModel | ServerError] = asyncio.Queue()
+    clocking = Clocking(received_s, received_s + parsed.deadline_ms / 1000.0)
+    call = Call(service, clocking, events.put if stream else None)
+    ticket = Ticket(received_s)
+    episode = parsed.episode_id if exclusive else None
+    left = asyncio.Event()
+
+    async def run() -> None:
+        events.put_nowait(await _outcome(service, ticket, episode, left, lambda: handler(parsed, call)))
+
+    task = asyncio.create_task(run())
+    ticket.attach(task)
+    return Work(task, events, asyncio.create_task(_watch(request.receive, task, left)))
+
+
+async def _watch(receive: Receive, task: asyncio.Task[None], left: asyncio.Event) -> None:
+    """Cancel the work as soon as the caller is gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    left.set()
+    task.cancel()
+
+
+async def _outcome(
+    service: Service,
+    ticket: Ticket,
+    episode: str | None,
+    left: asyncio.Event,
+    work: Callable[[], Awaitable[wire.StageResult]],
+) -> BaseModel | ServerError:
+    """Run the work to its answer or its error; every way to fail ends in one of ours."""
+    try:
+        older = service.episodes.enter(episode, ticket)
+        if older is not None:
+            # Its engine slot is free within a token; then there is room for this one even on a full server.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(older.finished.wait(), SUPERSEDE_TIMEOUT_S)
+        with service.admission.generating():
+            return await work()
+    except ServerError as problem:
+        return problem
+    except TimeoutError:
+        return DeadlineExceeded("the deadline passed", details={"attempts": []})
+    except asyncio.CancelledError:
+        reason = "superseded" if ticket.superseded else "disconnected"
+        service.metrics.cancelled.labels(reason).inc()
+        if ticket.superseded:
+            return Cancelled("a newer request of the same episode took this one's place")
+        if left.is_set():
+            return Cancelled("the caller left")
+        raise
+    except Exception:
+        log.exception("a generating request failed")
+        return EngineFailure("the server failed on this request; its log says why")
+    finally:
+        service.episodes.leave(episode, ticket)
+
+
+class EventStream(Response):
+    """NDJSON: one event a line, ended by exactly one `done` or `error`."""
+
+    def __init__(self, work: Work, first: BaseModel, request_id: str) -> None:
+        super().__init__(media_type=NDJSON)
+        self._work = work
+        self._first = first
+        self._request_id = request_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send events as they come; a caller that does not read for SEND_TIMEOUT_S is dropped."""
+        headers = [(b"content-type", NDJSON.encode()), (b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
+        try:
+            async with asyncio.timeout(SEND_TIMEOUT_S):
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+            event: BaseModel | ServerError = self._first
+            while True:
+                line, last = self._line(event)
+                async with asyncio.timeout(SEND_TIMEOUT_S):
+                    await send({"type": "http.response.body", "body": line, "more_body": not last})
+                if last:
+                    return
+                event = await self._work.next()
+        except (TimeoutError, OSError):
+            log.info("a streaming caller stopped reading")
+        finally:
+            await self._work.stop()
+
+    def _line(self, event: BaseModel | ServerError) -> tuple[bytes, bool]:
+        if isinstance(event, ServerError):
+            info = ErrorInfo(code=event.code, message=event.message, details=event.details, request_id=self._request_id)
+            return wire.ErrorEvent(error=info).model_dump_json().encode() + b"\n", True
+        if isinstance(event, wire.PlanEvent | wire.RowEvent):
+            return event.model_dump_json().encode() + b"\n", False
+        kind: Any = wire.DoneEvent if isinstance(event, wire.CycleResponse) else wire.ActionsDoneEvent
+        done = kind.model_construct(**dict(event))
+        return done.model_dump_json().encode() + b"\n", True

@@ -1,0 +1,139 @@
+"""The outermost ASGI layer: API key, request ids, metrics, and one error shape for everything.
+
+Whatever happens below it, a caller gets `{"error": {...}}` with a documented code, never a traceback, and never an
+answer of the framework's own making.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import time
+import uuid
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from vlm2vla_schema.errors import ErrorBody, ErrorInfo
+from vlm2vla_server.errors import EngineFailure, ServerError, Unauthorized
+from vlm2vla_server.metrics import Metrics
+
+log = logging.getLogger("vlm2vla_server")
+
+OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+RECEIVED_KEY = "vlm2vla.received_s"
+REQUEST_ID_KEY = "vlm2vla.request_id"
+DRAIN_TIMEOUT_S = 5.0
+DRAIN_FACTOR = 4
+
+
+def error_body(problem: ServerError, request_id: str | None) -> bytes:
+    """The wire form of an error."""
+    info = ErrorInfo(code=problem.code, message=problem.message, details=problem.details, request_id=request_id)
+    try:
+        return ErrorBody(error=info).model_dump_json().encode()
+    except ValueError:  # model text that is not Unicode: kept readable by escapes
+        return json.dumps({"error": info.model_dump(mode="python")}, default=str).encode()
+
+
+class Guard:
+    """Wraps the app. `paths` are the known paths, used as metric labels; anything else counts as "other"."""
+
+    def __init__(
+        self, app: ASGIApp, *, api_key: str | None, metrics: Metrics, paths: frozenset[str], max_body_bytes: int
+    ) -> None:
+        self._app = app
+        self._key = None if api_key is None else api_key.encode()
+        self._metrics = metrics
+        self._paths = paths
+        self._drain_bytes = DRAIN_FACTOR * max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # no websockets here
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        exchange = _Exchange(receive, send, self._drain_bytes)
+        received_s = time.monotonic()
+        scope[RECEIVED_KEY] = received_s
+        scope[REQUEST_ID_KEY] = exchange.request_id
+        try:
+            if not self._authorized(scope):
+                exchange.drains = False
+                raise Unauthorized(
+                    "expected the header 'Authorization: Bearer KEY' with this server's API key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+            await self._app(scope, exchange.receive, exchange.send)
+        except ServerError as problem:
+            await exchange.fail(problem)
+        except Exception:
+            log.exception("request %s failed", exchange.request_id)
+            await exchange.fail(EngineFailure("the server failed on this request; its log says why"))
+        finally:
+            path = scope["path"] if scope["path"] in self._paths else "other"
+            self._metrics.requests.labels(path, str(exchange.status or 499)).inc()
+            self._metrics.seconds.labels(path).observe(time.monotonic() - received_s)
+            log.info("%s %s %s", scope["method"], path, exchange.status or 499)
+
+    def _authorized(self, scope: Scope) -> bool:
+        if self._key is None or scope["path"] in OPEN_PATHS:
+            return True
+        values = [value for name, value in scope["headers"] if name == b"authorization"]
+        if len(values) != 1:
+            return False
+        scheme, _, key = values[0].partition(b" ")
+        return bool(scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._key))
+
+
+class _Exchange:
+    """One request's two directions, watched: was the body read, has the answer begun, with which status."""
+
+    def __init__(self, receive: Receive, send: Send, drain_bytes: int) -> None:
+        self._receive = receive
+        self._send = send
+        self._drain_bytes = drain_bytes
+        self._body_done = False
+        self.drains = True
+        self.status: int | None = None
+        self.request_id = uuid.uuid4().hex
+
+    async def receive(self) -> Message:
+        """Hand a message down."""
+        message = await self._receive()
+        if message["type"] == "http.disconnect" or not message.get("more_body", False):
+            self._body_done = True
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Hand a message up; an error waits until the caller has finished sending, so that it gets to read it."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            if message["status"] >= 400 and self.drains:
+                await self._drain()
+            message["headers"] = [*message.get("headers", []), (b"x-request-id", self.request_id.encode())]
+        await self._send(message)
+
+    async def fail(self, problem: ServerError) -> None:
+        """Answer with an error, unless an answer has begun already."""
+        if self.status is not None:
+            return
+        body = error_body(problem, self.request_id)
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        headers += [(name.lower().encode(), value.encode()) for name, value in problem.headers.items()]
+        await self.send({"type": "http.response.start", "status": problem.code.http_status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body})
+
+    async def _drain(self) -> None:
+        taken = 0
+        try:
+            async with asyncio.timeout(DRAIN_TIMEOUT_S):
+                while not self._body_done and taken < self._drain_bytes:
+                    message = await self.receive()
+                    taken += len(message.get("body", b""))
+        except TimeoutError:
+            return
