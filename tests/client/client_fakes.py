@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import httpx
 import numpy as np
 
+from vlm2vla_client.executor import ChunkResult, MotionStart, Outcome, RowResult
 from vlm2vla_client.http import ServerConnection
+from vlm2vla_client.moves import Moves
 from vlm2vla_client.policies.base import (
     Answered,
     Asked,
@@ -20,8 +22,11 @@ from vlm2vla_client.policies.base import (
     Scenario,
     SubtasksAnswer,
 )
+from vlm2vla_client.robots.base import RobotCapabilities
+from vlm2vla_client.safety import Decision, RobotState, SafetyContext
 from vlm2vla_schema.errors import ErrorCode
 from vlm2vla_schema.types import Frame, Verdict
+from vlm2vla_twin.kinematics import forward
 
 EPISODE = "episode-1"
 
@@ -75,7 +80,9 @@ def stage(fields: dict[str, Any], **more: Any) -> dict[str, Any]:
     }
 
 
-def cycle_lines(fields: dict[str, Any], rows: list[list[float]], plan: str | None = "move left") -> list[dict[str, Any]]:
+def cycle_lines(
+    fields: dict[str, Any], rows: list[list[float]], plan: str | None = "move left"
+) -> list[dict[str, Any]]:
     """The lines of a good stream: plan, rows, done."""
     lines: list[dict[str, Any]] = [] if plan is None else [{"event": "plan", "motion_plan": plan}]
     lines += [{"event": "row", "index": index, "row": row} for index, row in enumerate(rows)]
@@ -216,3 +223,137 @@ class ScriptedPolicy:
 
     def close(self) -> None:
         self.closed = True
+
+
+class FakeClock:
+    """Time that passes only when somebody sleeps, plus whatever a test adds."""
+
+    def __init__(self) -> None:
+        self.time_s = 100.0
+
+    def now_s(self) -> float:
+        return self.time_s
+
+    def sleep_s(self, duration_s: float) -> None:
+        self.time_s += max(duration_s, 0.0)
+
+
+class FakeRobot:
+    """An arm that is always where it was; counts its holds."""
+
+    def __init__(self, clock: FakeClock, physical: bool = False) -> None:
+        self._clock = clock
+        self.holds: list[str] = []
+        self._physical = physical
+        joints = np.array([0.0, 0.02180, 0.18424, 0.0, 1.36474, 0.0])
+        self._pose = forward(joints)
+        self._joints = joints
+
+    @property
+    def capabilities(self) -> RobotCapabilities:
+        return RobotCapabilities("fake", physical=self._physical, arrival_tolerance_m=0.003)
+
+    def connect(self) -> None:
+        pass
+
+    def state(self) -> RobotState:
+        tips = np.array([self._pose.position_m, self._pose.position_m])
+        return RobotState(
+            self._pose.position_m, self._pose.rotation, tips, self._joints, 1.0, self._clock.now_s()
+        )
+
+    def contacts(self) -> frozenset[str]:
+        return frozenset()
+
+    def command(self, position_m: Any, rotation: Any, duration_s: float) -> None:
+        pass
+
+    def set_gripper(self, open_: bool, deadline_s: float) -> None:
+        pass
+
+    def hold(self, reason: str) -> None:
+        self.holds.append(reason)
+
+    def close(self) -> None:
+        self.hold("closed")
+
+
+class FakeCamera:
+    """A new picture for every call, or an error from a list."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        self._clock = clock
+        self._count = 0
+        self.errors: list[Exception] = []
+
+    def start(self) -> None:
+        pass
+
+    def latest(self, max_age_s: float, timeout_s: float) -> Frame:
+        if self.errors:
+            raise self.errors.pop(0)
+        self._count += 1
+        return make_frame(self._count, self._clock.now_s())
+
+    def after(self, stamp_s: float, timeout_s: float) -> Frame:
+        self._clock.sleep_s(0.01)
+        return self.latest(0.5, timeout_s)
+
+    def close(self) -> None:
+        pass
+
+
+class FakeExecutor:
+    """Takes the rows; completes, or ends as the list says (an Outcome, or an exception to raise)."""
+
+    def __init__(self, robot: FakeRobot, moves: Moves, script: list[Outcome | BaseException] | None = None) -> None:
+        self._robot = robot
+        self._moves = moves
+        self._script = list(script or [])
+        self.chunks: list[list[list[float]]] = []
+        self.contexts: list[SafetyContext] = []
+        self.taken = 0
+
+    def run_chunk(
+        self,
+        rows: Iterable[Sequence[float]],
+        context: SafetyContext,
+        start: MotionStart | Callable[[], MotionStart] | None = None,
+    ) -> ChunkResult:
+        assert callable(start)
+        start()
+        self.contexts.append(context)
+        step = self._script.pop(0) if self._script else Outcome.COMPLETED
+        try:
+            if isinstance(step, BaseException):
+                raise step
+            return self._run(rows, step)
+        except BaseException as error:
+            self.hold(str(error))
+            raise
+
+    def _run(self, rows: Iterable[Sequence[float]], outcome: Outcome) -> ChunkResult:
+        if outcome is Outcome.NOT_STARTED:
+            return ChunkResult(outcome, (), "scripted")
+        done: list[list[float]] = []
+        refused = outcome is Outcome.REFUSED
+        verdict = "refuse" if refused else "pass"
+        results = []
+        for index, row in enumerate(rows):
+            self.taken += 1
+            done.append(list(row))
+            allowed = None if refused else list(row)
+            decision = Decision(allowed, "refuse" if refused else "pass", (), refused)
+            data = {"row": list(row), "allowed": allowed, "verdict": verdict, "reasons": [], "ends_chunk": refused}
+            self._moves("row", {"index": index, **data})
+            if not refused:
+                position = [0.3, 0.01 * self.taken, 0.15]
+                self._moves("substep", {"step": 1, "of": 1, "ee_position_m": position, "verdict": "pass"})
+            results.append(RowResult(index, list(row), decision, 0 if refused else 1, not refused))
+            if refused:
+                break
+        self.chunks.append(done)
+        return ChunkResult(outcome, tuple(results), "" if outcome is Outcome.COMPLETED else "scripted")
+
+    def hold(self, reason: str) -> None:
+        self._robot.hold(reason)

@@ -171,7 +171,8 @@ CLASSES = {
 def test_every_wire_code_becomes_its_typed_error(code: ErrorCode, streamed: bool) -> None:
     def cycle(_: httpx.Request) -> httpx.Response:
         if streamed:
-            return stream_response([ndjson([{"event": "error", "error": {"code": code, "message": "m", "details": {}}}])])
+            line = {"event": "error", "error": {"code": code, "message": "m", "details": {}}}
+            return stream_response([ndjson([line])])
         return error_response(code, headers={"Retry-After": "3"})
 
     with pytest.raises(errors.PolicyError) as caught:

@@ -1,0 +1,376 @@
+"""The loop of section 3.1 and appendix D.5, readable from top to bottom.
+
+    subtasks, once, from the first frame
+    for each subtask:   frame -> motion plan -> rows -> execute -> settle -> fresh frame -> verify
+                        success: the next subtask; failure: the same one, with a new frame, plan and rows
+
+It knows Protocols only. Whatever goes wrong, the arm is held before anything else is done about it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlm2vla_client.answer import Answer
+from vlm2vla_client.arrivals import Arrivals
+from vlm2vla_client.episode import EpisodeResult, LoopConfig, Parts
+from vlm2vla_client.errors import (
+    AnswerUnusableError,
+    ClientError,
+    NotCompletedError,
+    PolicyError,
+    SafetyStop,
+    ServerBusyError,
+    VerifierError,
+)
+from vlm2vla_client.executor import ChunkResult, MotionStart, Outcome
+from vlm2vla_client.moves import state_of
+from vlm2vla_client.policies.base import Asked, SubtasksAnswer
+from vlm2vla_client.recorder import FORMAT
+from vlm2vla_client.verifiers.chain import ChainVerifier
+from vlm2vla_schema.types import Frame, Verdict
+
+__all__ = ["EpisodeResult", "LoopConfig", "Parts", "run_episode"]
+
+MAX_FRAME_AGE_S = 0.5
+FRAME_TIMEOUT_S = 3.0
+MAX_BUSY_ANSWERS = 5
+MAX_SUBTASKS_ATTEMPTS = 3
+MAX_REFUSED_CHUNKS = 3
+DEFAULT_BUSY_WAIT_S = 1.0
+
+
+OUTCOMES = {2: "usage", 3: "not_completed", 4: "server", 5: "safety_stop", 6: "camera", 7: "robot", 130: "interrupted"}
+
+
+def run_episode(parts: Parts, config: LoopConfig) -> EpisodeResult:
+    """Runs one episode to its end and records it. Blocks for as long as the task takes; raises nothing of its own.
+
+    Returns:
+        The result; ``exit_code`` is 0 only when every subtask was verified (or executed, with verifier ``none``).
+    """
+    return _Episode(parts, config).run()
+
+
+class _Episode:
+    def __init__(self, parts: Parts, config: LoopConfig) -> None:
+        self.parts, self.config = parts, config
+        self.subtasks: list[str] = []
+        self.done = 0
+        self.cycles = 0
+        self.refused_in_a_row = 0
+        self.plans: list[str] = []
+        self.began_s = time.monotonic()
+
+    # --- the whole episode ----------------------------------------------------------------------------------------
+
+    def run(self) -> EpisodeResult:
+        self._write_header()
+        parts = self.parts
+        if isinstance(parts.verifier, ChainVerifier):
+            parts.verifier.on_failure(self._verifier_failed)
+        try:
+            self._all_subtasks()
+        except KeyboardInterrupt:
+            return self._fault(KeyboardInterrupt("stopped by the operator"), 130)
+        except ClientError as error:
+            return self._fault(error, error.exit_code)
+        except Exception as error:  # the arm must be held and the recording closed, whatever it was
+            return self._fault(error, NotCompletedError.exit_code, "failed")
+        if self.config.dry_run:
+            return self._finish(0, "dry_run", "Nothing moved: this was a dry run.")
+        if parts.verifier.checks:
+            return self._finish(0, "verified", f"All {len(self.subtasks)} subtasks verified.")
+        return self._finish(0, "executed", f"All {len(self.subtasks)} subtasks executed; nothing was verified.")
+
+    def _all_subtasks(self) -> None:
+        self.subtasks = self._ask_subtasks()
+        self.parts.progress.subtasks(self.subtasks)
+        for index in range(len(self.subtasks)):
+            self._one_subtask(index)
+            if self.config.dry_run:
+                return
+            self.done = index + 1
+
+    def _one_subtask(self, index: int) -> None:
+        tries = 0
+        while True:
+            self._check_budget(index, tries)
+            tries += 1
+            self.cycles += 1
+            if self._one_cycle(index) or self.config.dry_run:
+                return
+
+    def _check_budget(self, index: int, tries: int) -> None:
+        config = self.config
+        if config.max_cycles == 0:
+            return
+        if self.cycles >= config.max_cycles:
+            raise NotCompletedError(f"not completed after {self.cycles} cycles (--max-cycles)")
+        names_subtasks = "subtasks" in self.parts.policy.info().stages and self.subtasks != [config.task]
+        if names_subtasks and 0 < config.max_cycles_per_subtask <= tries:
+            raise NotCompletedError(f"subtask {index + 1} ({self.subtasks[index]}) not done after {tries} cycles")
+
+    # --- the three stages -----------------------------------------------------------------------------------------
+
+    def _ask_subtasks(self) -> list[str]:
+        """Once, from the first frame; a policy without that stage gets the task as its only subtask."""
+        parts, config = self.parts, self.config
+        if "subtasks" not in parts.policy.info().stages:
+            self._record("subtasks", subtasks=[config.task], source="task")
+            return [config.task]
+        parts.progress.waiting("asking for the subtasks")
+        for attempt in range(1, MAX_SUBTASKS_ATTEMPTS + 1):
+            frame, number = self._frame()
+            self._record("request", stage="subtasks", frame=number, frame_id=frame.frame_id, attempt=attempt)
+            asked_s = time.monotonic()
+            try:
+                answer = self._patiently(
+                    lambda frame=frame: parts.policy.subtasks(  # type: ignore[misc]
+                        frame, config.task, config.scenario, self._asked(config.subtasks_deadline_s)
+                    )
+                )
+            except AnswerUnusableError as error:
+                self._record_error("subtasks", error)
+                if attempt == MAX_SUBTASKS_ATTEMPTS:
+                    raise
+                continue
+            seconds = time.monotonic() - asked_s
+            self._record("subtasks", subtasks=answer.subtasks, answer=answer.raw, seconds=seconds, source="policy")
+            return answer.subtasks
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _one_cycle(self, index: int) -> bool:
+        """Frame, plan, rows, execution, verdict. True when the subtask is done."""
+        parts, subtask = self.parts, self.subtasks[index]
+        began_s = time.monotonic()
+        parts.moves.begin(self.cycles, index)
+        parts.progress.cycle(self.cycles, index + 1, len(self.subtasks), subtask)
+        parts.progress.waiting("planning")
+        before, number = self._frame()
+        captured_m = np.array(parts.robot.state().ee_position_m, dtype=np.float64)
+        sent_s = parts.clock.now_s()
+        frame_age_s = sent_s - before.stamp_s
+        self._record(
+            "request", stage="cycle", subtask=subtask, frame=number, frame_id=before.frame_id, frame_age_s=frame_age_s
+        )
+        arrivals = Arrivals(
+            parts.policy.cycle(before, subtask, self._asked(self.config.max_answer_age_s)),
+            parts.clock,
+            self.config.max_answer_age_s,
+        )
+        answer = Answer(arrivals, parts, self.config, self._record, sent_s, frame_age_s)
+        try:
+            result = self._act(answer, captured_m)
+            self.plans += [answer.plan] if answer.plan else []
+        except AnswerUnusableError as error:
+            self._record_error("cycle", error)
+            parts.progress.note(str(error))
+            return False
+        except ServerBusyError as error:
+            self._record_error("cycle", error)
+            self._wait_for_server(error)
+            return False
+        finally:
+            arrivals.give_up()
+        if result is None or result.outcome is Outcome.NOT_STARTED:
+            return False
+        return self._verify(index, before, number, result, began_s)
+
+    def _act(self, answer: Answer, captured_m: NDArray[np.float64]) -> ChunkResult | None:
+        """Executes the rows; None when nothing was to be executed (dry run, operator declined)."""
+        parts, config = self.parts, self.config
+
+        def start() -> MotionStart:
+            newest = parts.camera.latest(MAX_FRAME_AGE_S, FRAME_TIMEOUT_S)
+            return MotionStart(newest_frame_s=newest.stamp_s, captured_position_m=captured_m)
+
+        rows: Iterable[Sequence[float]]
+        streaming = config.execute == "streamed" and not config.dry_run and parts.confirm is None
+        if streaming:
+            rows = answer.rows()
+            first = next(iter(rows), None)
+            if first is None:
+                return None
+            rows = _chained(first, rows)
+        else:
+            rows = list(answer.rows())
+        if config.dry_run:
+            parts.moves.preview(rows, answer.context(), parts.robot.state())
+            return None
+        if parts.confirm is not None and not parts.confirm(answer.plan, list(rows)):
+            self._record("dropped", reason="declined by the operator")
+            return None
+        return self._execute(rows, answer, start)
+
+    def _execute(
+        self, rows: Iterable[Sequence[float]], answer: Answer, start: Callable[[], MotionStart]
+    ) -> ChunkResult:
+        parts = self.parts
+        with parts.watch.moving():
+            result = parts.executor.run_chunk(rows, answer.context(), start)
+        state = parts.robot.state()
+        self._record(
+            "chunk",
+            outcome=result.outcome,
+            reason=result.reason,
+            rows=len(result.rows),
+            moved=result.moved,
+            state=state_of(state),
+            position_m=state.ee_position_m,
+        )
+        if result.outcome is Outcome.FAULT:
+            raise parts.watch.error or SafetyStop(result.reason)
+        if result.outcome is not Outcome.COMPLETED:
+            parts.progress.note(f"chunk {result.outcome.replace('_', ' ')}: {result.reason}")
+        self._count_refusals(result)
+        return result
+
+    def _count_refusals(self, result: ChunkResult) -> None:
+        refused = result.outcome is Outcome.REFUSED and not result.moved
+        self.refused_in_a_row = self.refused_in_a_row + 1 if refused else 0
+        if self.refused_in_a_row >= MAX_REFUSED_CHUNKS:
+            raise SafetyStop(f"{self.refused_in_a_row} chunks in a row were refused: {result.reason}")
+
+    def _verify(self, index: int, before: Frame, before_number: int, result: ChunkResult, began_s: float) -> bool:
+        """Settle, fresh frame, verdict. A verifier that errs is never a success."""
+        parts = self.parts
+        parts.progress.waiting("verifying")
+        parts.clock.sleep_s(self.config.settle_s)
+        after = parts.camera.after(parts.clock.now_s(), FRAME_TIMEOUT_S)
+        after_number = parts.recorder.frame(after)
+        next_subtask = self.subtasks[index + 1] if index + 1 < len(self.subtasks) else None
+        asked_s = time.monotonic()
+        if not parts.verifier.checks and not result.rows:
+            verdict = Verdict(success=False, confidence="Low", reasoning="No row was executed.")
+        else:
+            try:
+                verdict = parts.verifier.verify(
+                    before, after, self.subtasks[index], next_subtask, self.config.verify_deadline_s
+                )
+            except VerifierError as error:
+                self._verifier_failed(parts.verifier.name, error)
+                raise
+            except Exception as error:
+                raise VerifierError(f"{parts.verifier.name}: {type(error).__name__}: {error}") from error
+        now_s = time.monotonic()
+        self._record(
+            "verdict",
+            subtask=self.subtasks[index],
+            next_subtask=next_subtask,
+            success=verdict.success,
+            confidence=verdict.confidence,
+            reasoning=verdict.reasoning,
+            verifier=parts.verifier.name,
+            before=before_number,
+            after=after_number,
+            seconds=now_s - asked_s,
+            cycle_seconds=now_s - began_s,
+        )
+        parts.progress.verdict(verdict, parts.verifier.checks)
+        return verdict.success is True
+
+    # --- waiting and asking ---------------------------------------------------------------------------------------
+
+    def _frame(self) -> tuple[Frame, int]:
+        frame = self.parts.camera.latest(MAX_FRAME_AGE_S, FRAME_TIMEOUT_S)
+        return frame, self.parts.recorder.frame(frame)
+
+    def _asked(self, deadline_s: float) -> Asked:
+        seed = None if self.config.seed is None else (self.config.seed * 1009 + self.cycles) % 2**31
+        return Asked(episode_id=self.config.episode_id, deadline_s=deadline_s, seed=seed)
+
+    def _patiently(self, ask: Callable[[], SubtasksAnswer]) -> SubtasksAnswer:
+        """Asks again, a few times, when the server is only busy."""
+        for _ in range(MAX_BUSY_ANSWERS - 1):
+            try:
+                return ask()
+            except ServerBusyError as error:
+                self._record_error("busy", error)
+                self._wait_for_server(error)
+        return ask()
+
+    def _wait_for_server(self, error: ServerBusyError) -> None:
+        wait_s = DEFAULT_BUSY_WAIT_S if error.retry_after_s is None else error.retry_after_s
+        self.parts.progress.note(f"the server is busy, asking again in {wait_s:g} s")
+        time.sleep(wait_s)
+
+    def _verifier_failed(self, name: str, error: VerifierError) -> None:
+        self.parts.executor.hold(f"verifier {name} gave no verdict")
+        self._record_error(f"verifier {name}", error)
+        self.parts.progress.note(f"verifier {name}: {error}")
+
+    # --- recording and the end ------------------------------------------------------------------------------------
+
+    def _record(self, kind: str, **fields: Any) -> None:
+        if self.cycles:
+            fields = {"cycle": self.cycles, "subtask_index": min(self.done, max(len(self.subtasks) - 1, 0)), **fields}
+        self.parts.recorder.event(kind, **fields)
+
+    def _record_error(self, where: str, error: BaseException) -> None:
+        more = {"code": error.code, "details": error.details} if isinstance(error, PolicyError) else {}
+        self._record("error", where=where, type=type(error).__name__, message=str(error), **more)
+
+    def _write_header(self) -> None:
+        parts, config = self.parts, self.config
+        self.parts.recorder.event(
+            "episode",
+            format=FORMAT,
+            episode_id=config.episode_id,
+            task=config.task,
+            started_utc=datetime.now(UTC).isoformat(timespec="seconds"),
+            config={
+                "scenario": config.scenario,
+                "execute": config.execute,
+                "max_cycles": config.max_cycles,
+                "verifier": parts.verifier.name,
+                **config.recorded,
+            },
+            policy=parts.policy.info(),
+        )
+
+    def _fault(self, error: BaseException, exit_code: int, outcome: str | None = None) -> EpisodeResult:
+        """Hold first; then record and report."""
+        try:
+            self.parts.executor.hold(f"{type(error).__name__}: {error}")
+        except Exception as hold_error:
+            self._record_error("hold", hold_error)
+        self._record_error("episode", error)
+        return self._finish(exit_code, outcome or OUTCOMES.get(exit_code, "failed"), str(error) or type(error).__name__)
+
+    def _finish(self, exit_code: int, outcome: str, message: str) -> EpisodeResult:
+        parts = self.parts
+        counts = parts.moves.counts
+        physics = parts.judge(" ".join(self.plans)) if parts.judge is not None else None
+        verified = outcome == "verified"
+        result = EpisodeResult(
+            exit_code=exit_code,
+            outcome=outcome,
+            message=message,
+            subtasks=self.subtasks,
+            subtasks_done=self.done,
+            cycles=self.cycles,
+            rows_executed=counts["executed"],
+            rows_changed=counts["changed"],
+            rows_refused=counts["refused"],
+            seconds=round(time.monotonic() - self.began_s, 3),
+            verified=verified,
+            success=bool(physics["success"]) if physics is not None else verified,
+            plans=self.plans,
+            physics=physics,
+        )
+        self._record("end", outcome=outcome, exit_code=exit_code, message=message)
+        parts.recorder.summary({"episode_id": self.config.episode_id, "task": self.config.task, **vars(result)})
+        parts.progress.finished(exit_code == 0, message)
+        return result
+
+
+def _chained(first: Sequence[float], rest: Iterable[Sequence[float]]) -> Iterator[Sequence[float]]:
+    yield first
+    yield from rest

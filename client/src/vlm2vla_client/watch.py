@@ -1,0 +1,79 @@
+"""What must hold while the arm moves: somebody still answers, and the camera still sees (the executor's Monitor)."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+
+from vlm2vla_client.cameras.base import Camera
+from vlm2vla_client.errors import CameraError, ClientError, ServerUnreachableError
+from vlm2vla_client.policies.base import Policy
+
+LIVENESS_LIMIT_S = 1.0
+POLL_S = 0.2
+ALIVE_TIMEOUT_S = 0.5
+CAMERA_LIMIT_S = 0.5
+
+
+class Watch:
+    """Asks the policy for a sign of life from a thread of its own, only while the arm moves.
+
+    Ages are wall time, whatever the episode's clock does: a server dies in wall time.
+
+    Args:
+        policy: asked ``alive`` every 0.2 s.
+        camera: when given, must have a frame at most 0.5 s old; leave out where a picture is made on demand.
+    """
+
+    def __init__(self, policy: Policy, camera: Camera | None = None) -> None:
+        self._policy = policy
+        self._camera = camera
+        self._alive_s = time.monotonic()
+        self._camera_error: CameraError | None = None
+        self._error: ClientError | None = None
+
+    @property
+    def error(self) -> ClientError | None:
+        """The typed error behind the last fault."""
+        return self._error
+
+    def fault(self) -> str | None:
+        """Why the arm must stop, or None. Returns at once."""
+        silent_s = time.monotonic() - self._alive_s
+        if silent_s > LIVENESS_LIMIT_S:
+            self._error = ServerUnreachableError(
+                f"no sign of life from the policy for {silent_s:.1f} s while the arm moved", code="liveness"
+            )
+        elif self._camera_error is not None:
+            self._error = self._camera_error
+        return None if self._error is None else str(self._error)
+
+    @contextlib.contextmanager
+    def moving(self) -> Iterator[None]:
+        """Polls while the block runs."""
+        stop = threading.Event()
+        self._alive_s = time.monotonic()
+        self._error, self._camera_error = None, None
+        thread = threading.Thread(target=self._poll, args=(stop,), name="watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join(ALIVE_TIMEOUT_S + POLL_S)
+
+    def _poll(self, stop: threading.Event) -> None:
+        while not stop.wait(POLL_S):
+            asked_s = time.monotonic()
+            if self._policy.alive(ALIVE_TIMEOUT_S):
+                self._alive_s = asked_s
+            if self._camera is not None:
+                self._look(self._camera)
+
+    def _look(self, camera: Camera) -> None:
+        try:
+            camera.latest(CAMERA_LIMIT_S, 0.0)
+        except CameraError as error:
+            self._camera_error = error
