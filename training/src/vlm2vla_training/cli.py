@@ -157,6 +157,8 @@ def _add_sft(commands: Commands[argparse.ArgumentParser]) -> None:
     command.add_argument("--learning-rate", type=float, default=None, help="overrides the preset")
     command.add_argument("--batch-size", type=int, default=None, help="examples a micro-batch; overrides the preset")
     command.add_argument("--rank", type=int, default=None, help="LoRA rank; overrides the preset")
+    command.add_argument("--max-tokens", type=int, default=None, help="longest example; overrides the preset")
+    command.add_argument("--warmup-steps", type=int, default=None, help="overrides the preset")
     command.add_argument("--kinds", default=None, help="comma separated; default all")
     command.add_argument("--save-steps", type=int, default=500, help="checkpoint interval in optimiser steps")
     command.add_argument("--seed", type=int, default=0)

@@ -1,0 +1,160 @@
+"""Examples -> batches for `sft`: tokens counted and kept once, pictures normalised when a batch is built.
+
+TRL's own collator runs the chat template and the image processor anew in every step, which costs more than a step of
+a small model. This one does the same work once; `check_parity` compares it with the processor's own output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from vlm2vla_training.curation.dataset import ExampleSet
+from vlm2vla_training.errors import DataError
+
+_IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One example as token ids: prompt with its image tokens, then the answer with its end of turn."""
+
+    prompt: NDArray[np.int32]
+    answer: NDArray[np.int32]
+
+    def __len__(self) -> int:
+        """Return the number of tokens."""
+        return len(self.prompt) + len(self.answer)
+
+
+class Encoder:
+    """Turns prompts and completions into token ids with a processor's chat template; equal prompts are encoded once."""
+
+    def __init__(self, processor: Any) -> None:
+        """Read the template's pieces from `processor` (a Gemma3Processor)."""
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.end_of_turn = "<end_of_turn>"
+        self._prompts: dict[tuple[str, int], NDArray[np.int32]] = {}
+
+    def prompt_text(self, prompt: str, images: int) -> str:
+        """Render one user turn with its pictures in front, ready for the answer."""
+        content = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
+        text = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        return str(text)
+
+    def encode(self, prompt: str, completion: str, images: int) -> Tokens:
+        """Encode one example.
+
+        Raises:
+            DataError: the answer does not survive the tokenizer (an unknown character).
+        """
+        key = (prompt, images)
+        if key not in self._prompts:
+            text = self.prompt_text(prompt, images).replace(self.processor.boi_token, self.processor.full_image_sequence)
+            self._prompts[key] = self._ids(text)
+        # The template trims text, hence so do we.
+        answer = self._ids(completion.strip() + self.end_of_turn)
+        return Tokens(self._prompts[key], answer)
+
+    def _ids(self, text: str) -> NDArray[np.int32]:
+        return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+
+
+def encode_all(examples: ExampleSet, encoder: Encoder, max_tokens: int) -> list[Tokens]:
+    """Encode every example and count before training: text cut by a length limit would train silently.
+
+    Raises:
+        DataError: an example is longer than `max_tokens`; the message names the longest.
+    """
+    encoded = [
+        encoder.encode(prompt, completion, len(images))
+        for prompt, completion, images in zip(examples.prompts, examples.completions, examples.images, strict=True)
+    ]
+    longest = max(range(len(encoded)), key=lambda index: len(encoded[index]))
+    if len(encoded[longest]) > max_tokens:
+        over = sum(len(tokens) > max_tokens for tokens in encoded)
+        raise DataError(
+            f"{over} of {len(encoded)} examples exceed {max_tokens} tokens; the longest has {len(encoded[longest])} "
+            f"({examples.kinds[longest]} of {examples.episode_keys[longest]}). Nothing is cut: curate shorter examples "
+            "or raise --max-tokens"
+        )
+    return encoded
+
+
+class Collator:
+    """Builds batches from rows {"example": index}: right-padded ids, labels on the answer only, pixel values."""
+
+    def __init__(self, examples: ExampleSet, encoded: list[Tokens], processor: Any) -> None:
+        """Keep what batches are made of."""
+        self._examples = examples
+        self._encoded = encoded
+        self._pad = int(processor.tokenizer.pad_token_id)
+        self._image_token = int(processor.image_token_id)
+        image = processor.image_processor
+        scale = float(image.rescale_factor)
+        mean, std = np.asarray(image.image_mean), np.asarray(image.image_std)
+        self._gain = torch.tensor(scale / std, dtype=torch.float32).view(1, 3, 1, 1)
+        self._bias = torch.tensor(-mean / std, dtype=torch.float32).view(1, 3, 1, 1)
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Return input_ids, attention_mask, token_type_ids, labels [B, L] and pixel_values [images, 3, S, S]."""
+        indices = [int(row["example"]) for row in rows]
+        width = max(len(self._encoded[index]) for index in indices)
+        ids = np.full((len(indices), width), self._pad, dtype=np.int64)
+        mask = np.zeros((len(indices), width), dtype=np.int64)
+        labels = np.full((len(indices), width), _IGNORED, dtype=np.int64)
+        for place, index in enumerate(indices):
+            tokens = self._encoded[index]
+            start, end = len(tokens.prompt), len(tokens)
+            ids[place, :start], ids[place, start:end] = tokens.prompt, tokens.answer
+            labels[place, start:end] = tokens.answer
+            mask[place, :end] = 1
+        batch = {
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.from_numpy(mask),
+            "token_type_ids": torch.from_numpy((ids == self._image_token).astype(np.int64)),
+            "labels": torch.from_numpy(labels),
+        }
+        pictures = [number for index in indices for number in self._examples.images[index]]
+        if pictures:
+            batch["pixel_values"] = self.pixel_values(self._examples.pixels[pictures])
+        return batch
+
+    def pixel_values(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """Normalise uint8 [N, S, S, 3] as the processor would, to float32 [N, 3, S, S]."""
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() * self._gain + self._bias
+
+
+def check_parity(examples: ExampleSet, collator: Collator, encoder: Encoder) -> None:
+    """Compare prompts and pictures of some examples with what the processor itself makes of them.
+
+    Raises:
+        DataError: ids or pixel values differ; training and serving would then see different inputs.
+    """
+    for index in {0, len(examples) // 2, len(examples) - 1}:
+        images = [Image.fromarray(examples.pixels[number]) for number in examples.images[index]]
+        text = encoder.prompt_text(examples.prompts[index], len(images))
+        theirs = encoder.processor(
+            text=[text], images=[images] if images else None, add_special_tokens=False, return_tensors="pt"
+        )
+        ours = encoder.encode(examples.prompts[index], "", len(images)).prompt
+        if theirs["input_ids"][0].tolist() != ours.tolist():
+            raise DataError(f"example {index}: our prompt tokens differ from the processor's; the template has changed")
+        if images:
+            mine = collator.pixel_values(examples.pixels[examples.images[index]])
+            if mine.shape != theirs["pixel_values"].shape or not torch.allclose(
+                mine, theirs["pixel_values"].float(), atol=1e-4
+            ):
+                raise DataError(
+                    f"example {index}: our pixel values {tuple(mine.shape)} differ from the processor's "
+                    f"{tuple(theirs['pixel_values'].shape)}; is the base's image_size that of its processor?"
+                )
