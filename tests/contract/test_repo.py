@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -173,3 +174,18 @@ def test_paper_page_has_every_equation_table_figure_and_appendix() -> None:
              "B.3", "C", "D.1", "D.2", "D.3", "D.4", "D.5", "D.6", "E", "F"]
     rows = [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("|")]
     assert not [item for item in items if not any(re.match(rf"{re.escape(item)}\b(?!\.\d)", row) for row in rows)]
+
+
+def commands_of_pages() -> list[str]:
+    """`program subcommand` of every command line that README.md and docs/paper.md print."""
+    text = "".join((ROOT / page).read_text() for page in ("README.md", "docs/paper.md"))
+    return sorted(set(re.findall(r"\bvlm2vla-(?:client|server|train) [a-z]+\b", text)))
+
+
+@pytest.mark.parametrize("command", commands_of_pages())
+def test_commands_that_the_pages_print_exist(command: str) -> None:
+    program, subcommand = command.split()
+    path = Path(sys.executable).with_name(program)
+    done = subprocess.run([str(path), subcommand, "--help"], capture_output=True, text=True, timeout=60)
+    not_built = done.returncode == 2 and "not built yet" in done.stdout + done.stderr
+    assert done.returncode == 0 or not_built, done.stderr
