@@ -25,8 +25,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 from trl import SFTConfig, SFTTrainer
-from vlm2vla_schema.types import ModelCard
 
+from vlm2vla_schema.types import ModelCard
 from vlm2vla_training.curation.dataset import ExampleSet, load_examples
 from vlm2vla_training.errors import DataError, UsageError
 from vlm2vla_training.jsonio import read_json, write_json
@@ -204,7 +204,7 @@ def build_trainer(
         model=model,
         args=training_arguments(args, preset),
         train_dataset=dataset,
-        data_collator=collator,
+        data_collator=lambda rows: {name: torch.from_numpy(array) for name, array in collator(rows).items()},
         processing_class=processor,
         peft_config=None if args.full_finetune else lora,
         callbacks=[JsonlLog(args.out / LOG_FILE)],
@@ -256,7 +256,7 @@ def training_arguments(args: argparse.Namespace, preset: Preset) -> SFTConfig:
     )
 
 
-class JsonlLog(TrainerCallback):  # type: ignore[misc]
+class JsonlLog(TrainerCallback):
     """Appends every logged loss to log.jsonl and shows it with the time left."""
 
     def __init__(self, path: Path) -> None:

@@ -1,7 +1,8 @@
 """Examples -> batches for `sft`: tokens counted and kept once, pictures normalised when a batch is built.
 
 TRL's own collator runs the chat template and the image processor anew in every step, which costs more than a step of
-a small model. This one does the same work once; `check_parity` compares it with the processor's own output.
+a small model. This one does the same work once; `check_parity` compares it with the processor's own output. Arrays
+only: `sft` makes tensors of them.
 """
 
 from __future__ import annotations
@@ -10,10 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from vlm2vla_training.curation.dataset import ExampleSet
 from vlm2vla_training.errors import DataError
@@ -59,8 +58,8 @@ class Encoder:
         """
         key = (prompt, images)
         if key not in self._prompts:
-            text = self.prompt_text(prompt, images).replace(self.processor.boi_token, self.processor.full_image_sequence)
-            self._prompts[key] = self._ids(text)
+            text = self.prompt_text(prompt, images)
+            self._prompts[key] = self._ids(text.replace(self.processor.boi_token, self.processor.full_image_sequence))
         # The template trims text, hence so do we.
         answer = self._ids(completion.strip() + self.end_of_turn)
         return Tokens(self._prompts[key], answer)
@@ -102,10 +101,10 @@ class Collator:
         image = processor.image_processor
         scale = float(image.rescale_factor)
         mean, std = np.asarray(image.image_mean), np.asarray(image.image_std)
-        self._gain = torch.tensor(scale / std, dtype=torch.float32).view(1, 3, 1, 1)
-        self._bias = torch.tensor(-mean / std, dtype=torch.float32).view(1, 3, 1, 1)
+        self._gain = (scale / std).astype(np.float32).reshape(1, 3, 1, 1)
+        self._bias = (-mean / std).astype(np.float32).reshape(1, 3, 1, 1)
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, NDArray[Any]]:
         """Return input_ids, attention_mask, token_type_ids, labels [B, L] and pixel_values [images, 3, S, S]."""
         indices = [int(row["example"]) for row in rows]
         width = max(len(self._encoded[index]) for index in indices)
@@ -118,20 +117,21 @@ class Collator:
             ids[place, :start], ids[place, start:end] = tokens.prompt, tokens.answer
             labels[place, start:end] = tokens.answer
             mask[place, :end] = 1
-        batch = {
-            "input_ids": torch.from_numpy(ids),
-            "attention_mask": torch.from_numpy(mask),
-            "token_type_ids": torch.from_numpy((ids == self._image_token).astype(np.int64)),
-            "labels": torch.from_numpy(labels),
+        batch: dict[str, NDArray[Any]] = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "token_type_ids": (ids == self._image_token).astype(np.int64),
+            "labels": labels,
         }
         pictures = [number for index in indices for number in self._examples.images[index]]
         if pictures:
             batch["pixel_values"] = self.pixel_values(self._examples.pixels[pictures])
         return batch
 
-    def pixel_values(self, pixels: NDArray[np.uint8]) -> Tensor:
+    def pixel_values(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Normalise uint8 [N, S, S, 3] as the processor would, to float32 [N, 3, S, S]."""
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() * self._gain + self._bias
+        scaled: NDArray[np.float32] = pixels.transpose(0, 3, 1, 2).astype(np.float32) * self._gain + self._bias
+        return scaled
 
 
 def check_parity(examples: ExampleSet, collator: Collator, encoder: Encoder) -> None:
@@ -144,16 +144,14 @@ def check_parity(examples: ExampleSet, collator: Collator, encoder: Encoder) -> 
         images = [Image.fromarray(examples.pixels[number]) for number in examples.images[index]]
         text = encoder.prompt_text(examples.prompts[index], len(images))
         theirs = encoder.processor(
-            text=[text], images=[images] if images else None, add_special_tokens=False, return_tensors="pt"
+            text=[text], images=[images] if images else None, add_special_tokens=False, return_tensors="np"
         )
         ours = encoder.encode(examples.prompts[index], "", len(images)).prompt
         if theirs["input_ids"][0].tolist() != ours.tolist():
             raise DataError(f"example {index}: our prompt tokens differ from the processor's; the template has changed")
         if images:
             mine = collator.pixel_values(examples.pixels[examples.images[index]])
-            if mine.shape != theirs["pixel_values"].shape or not torch.allclose(
-                mine, theirs["pixel_values"].float(), atol=1e-4
-            ):
+            if mine.shape != theirs["pixel_values"].shape or not np.allclose(mine, theirs["pixel_values"], atol=1e-4):
                 raise DataError(
                     f"example {index}: our pixel values {tuple(mine.shape)} differ from the processor's "
                     f"{tuple(theirs['pixel_values'].shape)}; is the base's image_size that of its processor?"
