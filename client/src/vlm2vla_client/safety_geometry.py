@@ -30,7 +30,8 @@ BoolArray = NDArray[np.bool_]
 TOLERANCE = 1e-6
 #: Floating point noise of a sum of two positions.
 _ROUNDING_M = 1e-9
-#: A turning finger tip moves on an arc; it is followed on this many chords, each kept this far inside.
+#: A turning finger tip moves on an arc; it is followed on this many chords, each kept this far inside. A turning row
+#: is shortened to the beginning of a chord, where its points are known exactly.
 _ARC_SEGMENTS = 16
 _ARC_MARGIN_M = 1e-5
 
@@ -193,7 +194,7 @@ def _no_turn_into_contact(result: Screened, batch: Batch, points: FloatArray, fl
     fraction = np.ones(len(index))
     for begin, delta, share in _segments(result, points, index):
         part = _box_fraction(begin, delta, low, high)
-        fraction = np.minimum(fraction, np.where(part < 1.0, share + part / _ARC_SEGMENTS, 1.0))
+        fraction = np.minimum(fraction, np.where(part < 1.0, share, 1.0))
     _scale(result, index, fraction, Reason.ROTATION_INTO_CONTACT)
 
 
@@ -212,14 +213,14 @@ def _stay_inside(result: Screened, points: FloatArray, limits: Limits) -> None:
         lower, upper = np.minimum(low + margin, start), np.maximum(high - margin, start)
         in_box = np.ones(len(index))
         in_free = np.ones(len(index))
-        parts = _ARC_SEGMENTS if margin else 1
+        straight_way = 0.0 if margin else 1.0
         steps = _segments(result, points, index) if margin else _straight(result, start, index)
         for begin, delta, share in steps:
             part = _box_fraction(begin, delta, lower, upper)
-            in_box = np.minimum(in_box, np.where(part < 1.0, share + part / parts, 1.0))
+            in_box = np.minimum(in_box, np.where(part < 1.0, share + part * straight_way, 1.0))
             for a, b in forbidden:
                 part = _free_fraction(begin, delta, a - margin, b + margin)
-                in_free = np.minimum(in_free, np.where(part < 1.0, share + part / parts, 1.0))
+                in_free = np.minimum(in_free, np.where(part < 1.0, share + part * straight_way, 1.0))
         _refuse_from_outside(result, start, index, np.minimum(in_box, in_free), (low, high), forbidden)
         _scale(result, index, np.where(in_box <= in_free, in_box, 1.0), Reason.BOX)
         _scale(result, index, np.where(in_free < in_box, in_free, 1.0), Reason.FORBIDDEN_BOX)
