@@ -156,6 +156,9 @@ def _from_form(values: dict[str, list[str]], model: type[M]) -> M:
             raise InvalidRequest("a form field that holds one value was given more than once")
         else:
             data[name] = _convert(texts[0], kinds)
+    for name, field in model.model_fields.items():
+        if name not in data and field.is_required() and type(None) in _kinds(field.annotation):
+            data[name] = None  # a form cannot say null; leaving the field out says it
     try:
         return model.model_validate(data)
     except ValidationError as problem:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel
 from starlette.requests import Request
@@ -185,6 +185,4 @@ class EventStream(Response):
             return wire.ErrorEvent(error=info).model_dump_json().encode() + b"\n", True
         if isinstance(event, wire.PlanEvent | wire.RowEvent):
             return event.model_dump_json().encode() + b"\n", False
-        kind: Any = wire.DoneEvent if isinstance(event, wire.CycleResponse) else wire.ActionsDoneEvent
-        done = kind.model_construct(**dict(event))
-        return done.model_dump_json().encode() + b"\n", True
+        return b'{"event":"done",' + event.model_dump_json().encode()[1:] + b"\n", True

@@ -24,7 +24,7 @@ log = logging.getLogger("vlm2vla_server")
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 RECEIVED_KEY = "vlm2vla.received_s"
 REQUEST_ID_KEY = "vlm2vla.request_id"
-DRAIN_TIMEOUT_S = 5.0
+DRAIN_TIMEOUT_S = 2.0
 DRAIN_FACTOR = 4
 
 

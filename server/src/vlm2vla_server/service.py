@@ -95,7 +95,7 @@ class Service:
         self.models = {}
         for name in names:
             card, load = self._cards[name], loads.get(name)
-            problem = card_problem(card, load.adapted_modules if load else 0)
+            problem = card_problem(card, load.adapted_modules if load else 0, self._engine_info.model_hash)
             problem = (load.problem if load else None) or problem or self._proofs[name].problem
             self.models[name] = ServedModel(name, name, card, proven=problem is None, problem=problem)
         self.models[BASE_MODEL_NAME] = base
@@ -224,8 +224,13 @@ def _untouched_card(folder: Path) -> ModelCard:
     return ModelCard(name=folder.resolve().name, base_model=folder.resolve().name, image_size=size)
 
 
-def card_problem(card: ModelCard, adapted_modules: int) -> str | None:
-    """What keeps this server from doing as the card says; None when it can."""
+def card_problem(card: ModelCard, adapted_modules: int, base_hash: str) -> str | None:
+    """What keeps this server from doing as an adapter's card says; None when it can."""
+    if card.base_hash and card.base_hash != base_hash:
+        return (
+            f"the card of {card.name!r} was written for a base with sha256 {card.base_hash[:12]}..., the loaded base "
+            f"has {base_hash[:12]}..."
+        )
     for stage, version in card.prompt_versions.items():
         ours = PROMPT_VERSIONS.get(stage)
         if ours is not None and ours != version:
