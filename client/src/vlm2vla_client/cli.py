@@ -1,0 +1,152 @@
+"""``vlm2vla-client``: the command line of the robot PC.
+
+Exit codes: 0 all subtasks verified (with verifier ``none``: all executed), 2 usage or configuration, 3 not completed,
+4 server, 5 safety stop, 6 camera, 7 robot, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from vlm2vla_client import commands
+from vlm2vla_client.config import CAMERAS, POLICIES, ROBOTS, VERIFIERS
+from vlm2vla_client.errors import ClientError
+
+INTERRUPTED = 130
+NOT_BUILT = {
+    "doctor": "check camera, arm, server and limits; --commission walks through a new bench",
+    "ask": "ask the model about the live frame",
+    "configure": "write client.toml",
+    "calibrate": "find counter and wall",
+    "home": "move the arm to its start pose",
+    "bench": "measure the latency of a cycle",
+}
+
+
+def _add_server(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("server")
+    group.add_argument("--server", metavar="URL", help="where vlm2vla-server answers (default http://127.0.0.1:8000)")
+    group.add_argument("--api-key", metavar="KEY", help="sent as a bearer token (or set VLM2VLA_API_KEY)")
+    group.add_argument("--model", metavar="NAME", help="adapter to ask, or 'base' (default: the server's first)")
+
+
+def _add_run(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    run = subparsers.add_parser("run", help="do a task", description="Does a task and records the episode.")
+    run.add_argument("--task", required=True, metavar="TEXT", help='such as "pick up the carrot"')
+    run.add_argument("--sim", action="store_true", help="the twin's robot and camera, the server's verifier")
+    run.add_argument("--config", type=Path, metavar="FILE", help="client.toml (default: the user's config folder)")
+    run.add_argument("--robot", choices=ROBOTS, help="default widowx, or client.toml")
+    run.add_argument("--camera", choices=CAMERAS, help="default realsense, or client.toml")
+    run.add_argument("--verifier", metavar="NAMES", help=f"one of {', '.join(VERIFIERS)}, or a chain: gemini,human")
+    run.add_argument("--policy", choices=POLICIES, default="server")
+    run.add_argument("--scenario", choices=("in_distribution", "out_of_distribution"), help="sampling of the subtasks")
+    run.add_argument("--scene", metavar="NAME", help="twin: a suite's scene, or 'kitchen' (default: the task's)")
+    run.add_argument("--seed", type=_seed, default=0, metavar="N", help="decides the twin's scene and the sampling")
+    run.add_argument("--record", type=Path, default=Path("runs"), metavar="DIR", help="default ./runs")
+    run.add_argument("--max-cycles", type=_natural, default=30, metavar="N", help="in all; 0: until done (default 30)")
+    run.add_argument("--execute", choices=("whole", "streamed"), default="whole")
+    run.add_argument("--speed", type=_speed, default=1.0, metavar="F", help="share of the speed limit, above 0 to 1")
+    run.add_argument("--realtime", action="store_true", help="twin: let simulated seconds take as long as they say")
+    run.add_argument("--dry-run", action="store_true", help="ask and check, but do not move")
+    run.add_argument("--confirm", action="store_true", help="ask before every chunk")
+    run.add_argument("--allow-untrained", action="store_true", help="with --confirm: a policy never trained to act")
+    run.add_argument("--json", action="store_true", help="one JSON object on standard output, nothing else")
+    _add_server(run)
+    run.set_defaults(command=commands.run)
+
+
+def _add_others(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    replay = subparsers.add_parser("replay", help="move a recorded episode of the twin again")
+    replay.add_argument("episode", type=Path)
+    replay.add_argument("--record", type=Path, default=Path("runs"), metavar="DIR", help="default ./runs")
+    replay.add_argument("--realtime", action="store_true")
+    replay.add_argument("--json", action="store_true")
+    replay.set_defaults(command=commands.replay)
+
+    view = subparsers.add_parser("view", help="write an episode as one HTML page")
+    view.add_argument("episode", type=Path)
+    view.add_argument("--out", type=Path, metavar="FILE", help="default: view.html in the episode's folder")
+    view.set_defaults(command=commands.view)
+
+    vqa = subparsers.add_parser("vqa", help="ask the model about pictures")
+    vqa.add_argument("--image", type=Path, action="append", default=[], metavar="F", help="up to 8; may be left out")
+    vqa.add_argument("question")
+    vqa.add_argument("--json", action="store_true", help="the whole answer as one JSON object")
+    _add_server(vqa)
+    vqa.set_defaults(command=commands.vqa)
+
+    evaluate = subparsers.add_parser("eval", help="measure a policy on a suite of the twin", add_help=False)
+    evaluate.set_defaults(command=commands.evaluate)
+
+    for name, what in NOT_BUILT.items():
+        parser = subparsers.add_parser(name, help=f"{what} (not built yet)", add_help=True)
+        parser.set_defaults(command=commands.not_built, name=name)
+
+
+def _natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, received {value}")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"expected 0..{2**31 - 1}, received {value}")
+    return value
+
+
+def _speed(text: str) -> float:
+    value = float(text)
+    if not 0.0 < value <= 1.0:
+        raise argparse.ArgumentTypeError(f"expected above 0 to 1, received {value}")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="vlm2vla-client",
+        description="The robot PC of VLM2VLA: sends frames, checks every number that comes back, moves the arm.",
+        epilog="exit codes: 0 all subtasks verified, 2 usage or configuration, 3 not completed, 4 server, "
+        "5 safety stop, 6 camera, 7 robot, 130 interrupted",
+    )
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_run(subparsers)
+    _add_others(subparsers)
+    return parser
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; prints errors in one line, without a traceback."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.command in (commands.evaluate, commands.not_built):
+        arguments.rest = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    with contextlib.suppress(ValueError):  # not the main thread: whoever embeds us handles signals
+        signal.signal(signal.SIGTERM, _terminated)
+    try:
+        return int(arguments.command(arguments))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except ClientError as error:
+        print(f"vlm2vla-client: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

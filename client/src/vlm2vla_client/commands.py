@@ -1,0 +1,215 @@
+"""What each command of ``vlm2vla-client`` does; argument parsing is in ``cli``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from rich.console import Console
+
+from vlm2vla_client.config import ClientConfig, check_server_url, load_config, split_verifiers
+from vlm2vla_client.episode import EpisodeResult
+from vlm2vla_client.errors import ConfigurationError, NotBuiltError, ProtocolMismatchError
+from vlm2vla_client.http import ServerConnection
+from vlm2vla_client.policies.base import PolicyInfo
+from vlm2vla_client.progress import ConsoleProgress, Progress, SilentProgress, printable, row_text
+from vlm2vla_client.recorder import new_episode_folder, plain
+from vlm2vla_client.view import write_view
+from vlm2vla_schema.errors import ImageError
+from vlm2vla_schema.images import decode_image, encode_jpeg, to_base64
+from vlm2vla_schema.messages import MAX_IMAGES, VqaResponse
+
+VQA_DEADLINE_S = 60.0
+SIM_EXTRA = "the twin needs its simulator: pip install 'vlm2vla-client[sim]'"
+
+
+def _progress(as_json: bool) -> Progress:
+    return SilentProgress() if as_json else ConsoleProgress(Console(highlight=False, soft_wrap=True))
+
+
+def connect(arguments: argparse.Namespace, config: ClientConfig) -> ServerConnection:
+    """The connection that flags and configuration ask for."""
+    url = check_server_url(arguments.server or config.server)
+    return ServerConnection(url, api_key=arguments.api_key or config.api_key)
+
+
+def refuse_untrained(info: PolicyInfo, physical: bool, allow_untrained: bool, confirm: bool) -> None:
+    """A physical arm follows only a model that was trained to act, or a person who watches every chunk.
+
+    Raises:
+        ConfigurationError: it must not move.
+    """
+    if physical and not info.trained_to_act and not (allow_untrained and confirm):
+        raise ConfigurationError(
+            f"{info.name} was never trained to act (/info says policy false); a physical arm follows it only with "
+            "--allow-untrained --confirm"
+        )
+
+
+def confirm_on_terminal(plan: str | None, rows: Sequence[Sequence[float]]) -> bool:
+    """Shows the chunk and asks; an end of input counts as no, ``q`` ends the episode."""
+    print(f"  plan     {printable(plan or '-')}", file=sys.stderr)
+    for index, row in enumerate(rows):
+        print(f"  row {index:<5}{row_text(row)}", file=sys.stderr)
+    print("  move? [y]es, [n]o and plan anew, [q]uit: ", end="", file=sys.stderr, flush=True)
+    answer = sys.stdin.readline()
+    if not answer or answer.strip().lower() in ("q", "quit"):
+        raise KeyboardInterrupt
+    return answer.strip().lower() in ("y", "yes")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """``run``: one episode, recorded, with its page and its animation."""
+    config = load_config(arguments.config)
+    robot = arguments.robot or ("twin" if arguments.sim else config.robot)
+    camera = arguments.camera or ("twin" if arguments.sim else config.camera)
+    verifiers = split_verifiers(arguments.verifier or ("server" if arguments.sim else config.verifier))
+    for kind, name in (("robot", robot), ("camera", camera)):
+        if name != "twin":
+            hint = "; `vlm2vla-client replay EPISODE` moves a recording again" if name == "replay" else ""
+            raise NotBuiltError(f"the {kind} {name!r} is not built yet; use --sim for the twin{hint}")
+    for name in verifiers:
+        if name in ("gemini", "human"):
+            raise NotBuiltError(f"the verifier {name!r} is not built yet; use server, twin or none")
+    if not arguments.task.strip() or len(arguments.task) > 2000:
+        raise ConfigurationError("--task must be 1..2000 characters")
+    if arguments.confirm and arguments.execute == "streamed":
+        raise ConfigurationError("--confirm needs --execute whole: a chunk is confirmed before it starts")
+    return _run_in_twin(arguments, config, verifiers)
+
+
+def _run_in_twin(arguments: argparse.Namespace, config: ClientConfig, verifiers: tuple[str, ...]) -> int:
+    try:
+        from vlm2vla_client.scenes import choose_scene
+        from vlm2vla_client.sim import SimRequest, run_in_twin
+    except ImportError as error:
+        raise ConfigurationError(f"{SIM_EXTRA} ({error})") from None
+    choice = choose_scene(arguments.task, arguments.scene, arguments.seed, arguments.scenario)
+    connection = connect(arguments, config)
+    request = SimRequest(
+        task=arguments.task,
+        choice=choice,
+        policy=arguments.policy,
+        verifiers=verifiers,
+        connection=connection,
+        model=arguments.model or config.model,
+        execute=arguments.execute,
+        speed=arguments.speed,
+        max_cycles=arguments.max_cycles,
+        dry_run=arguments.dry_run,
+        realtime=arguments.realtime,
+        limits=config.limits if arguments.config is not None else {},
+        confirm=confirm_on_terminal if arguments.confirm else None,
+    )
+    folder = new_episode_folder(arguments.record, arguments.task)
+    try:
+        result = run_in_twin(request, folder, _progress(arguments.json))
+    except BaseException:
+        _remove_if_empty(folder)
+        raise
+    finally:
+        connection.close()
+    _report(arguments.json, result, folder)
+    return result.exit_code
+
+
+def _remove_if_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError:
+        return  # something was recorded: it stays
+
+
+def _report(as_json: bool, result: EpisodeResult, folder: Path, **more: Any) -> None:
+    page = write_view(folder)
+    if as_json:
+        animation = folder / "episode.gif"
+        paths = {"folder": folder, "view": page, "animation": animation if animation.is_file() else None}
+        print(json.dumps(plain({**vars(result), **paths, **more}), ensure_ascii=False, allow_nan=False))
+        return
+    if result.physics is not None:
+        word = "success" if result.physics.get("success") else "no success"
+        print(f"physics: {word}, {result.physics.get('score')} of {result.physics.get('max_score')}")
+    print(f"{result.cycles} cycles, {result.rows_executed} rows, {result.seconds:.1f} s; recorded in {folder}")
+
+
+def replay(arguments: argparse.Namespace) -> int:
+    """``replay``: the recorded rows once more, in the recorded scene."""
+    try:
+        from vlm2vla_client.replay import replay_in_twin
+        from vlm2vla_client.sim import SimRequest as _  # noqa: F401 - the simulator must be there before a folder is made
+    except ImportError as error:
+        raise ConfigurationError(f"{SIM_EXTRA} ({error})") from None
+    folder = new_episode_folder(arguments.record, "replay")
+    try:
+        outcome = replay_in_twin(arguments.episode, folder, _progress(arguments.json), realtime=arguments.realtime)
+    except BaseException:
+        _remove_if_empty(folder)
+        raise
+    gap_m = outcome.largest_gap_m
+    same = outcome.same_decisions
+    _report(arguments.json, outcome.result, folder, steps=outcome.steps, largest_gap_m=gap_m, same_decisions=same)
+    if not arguments.json:
+        gap = "nothing moved" if gap_m is None else f"largest gap to the recorded path {1000 * gap_m:.1f} mm"
+        print(f"{outcome.steps} rows, {gap}, decisions {'the same' if same else 'differ'}")
+    return outcome.result.exit_code
+
+
+def view(arguments: argparse.Namespace) -> int:
+    """``view``: the episode as a page; prints where it is."""
+    print(write_view(arguments.episode, arguments.out))
+    return 0
+
+
+def vqa(arguments: argparse.Namespace) -> int:
+    """``vqa``: any question about any pictures, to the same model that drives the arm."""
+    if len(arguments.image) > MAX_IMAGES:
+        raise ConfigurationError(f"at most {MAX_IMAGES} images, received {len(arguments.image)}")
+    if not 1 <= len(arguments.question) <= 2000:
+        raise ConfigurationError("the question must be 1..2000 characters")
+    config = load_config(None)
+    fields: dict[str, Any] = {"question": arguments.question}
+    if arguments.image:
+        fields["images"] = [to_base64(_read_image(path)) for path in arguments.image]
+    model = arguments.model or config.model
+    if model is not None:
+        fields["model"] = model
+    connection = connect(arguments, config)
+    try:
+        answer = connection.post("/vqa", fields, {}, VQA_DEADLINE_S)
+    finally:
+        connection.close()
+    try:
+        text = VqaResponse.model_validate(answer).answer
+    except ValidationError:
+        raise ProtocolMismatchError("the server's answer to /vqa is not one", code="bad_answer") from None
+    print(json.dumps(answer, ensure_ascii=False) if arguments.json else text)
+    return 0
+
+
+def _read_image(path: Path) -> bytes:
+    try:
+        return encode_jpeg(decode_image(path.read_bytes()))
+    except OSError as error:
+        raise ConfigurationError(f"cannot read {path}: {error.strerror}") from None
+    except ImageError as error:
+        raise ConfigurationError(f"{path} is not a picture that can be sent: {error}") from None
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """``eval``: hands over to the evaluation package."""
+    try:
+        from vlm2vla_client.evaluation.cli import main
+    except ImportError as error:
+        raise ConfigurationError(f"{SIM_EXTRA} ({error})") from None
+    return int(main(arguments.rest))
+
+
+def not_built(arguments: argparse.Namespace) -> int:
+    """The commands of a later version."""
+    raise NotBuiltError(f"`vlm2vla-client {arguments.name}` is not built yet")
