@@ -18,12 +18,19 @@ from vlm2vla_training.curation.motion import motion_sentence
 from vlm2vla_training.episodes.base import Episode, binary_gripper
 from vlm2vla_training.errors import DataError
 
-# A descent or ascent counts when height minus sideways distance is at least this.
+# Sideways motion counts this many times against height; the rest must be at least so much to be a descent or ascent.
+_SIDEWAYS_COST = 3.0
 _VERTICAL_MIN_M = 0.015
 # Net motion below this after a gripper event is waiting for the fingers.
 _STILL_M = 0.006
-# A hold shorter than this with less travel than that is a failed grasp, not a transport.
-_RETRY_TRAVEL_M = 0.05
+# A hold that never gets farther than this is a failed grasp, not a transport.
+_RETRY_TRAVEL_M = 0.03
+# Only the last part of a long vertical descent is the grasp: what comes before brings the gripper above the object.
+_GRASP_DESCENT_M = 0.085
+# This many rows at rest, then motion in another direction: the aim was wrong and is corrected.
+_PAUSE_ROWS = 2
+_REST_M = 0.0005
+_SAME_DIRECTION = 0.5
 
 _WHY = {
     "move": "The gripper must first be right above the {object}.",
@@ -72,7 +79,7 @@ class RulesAnnotator:
         goals = parse_instruction(episode.instruction)
         gripper = binary_gripper(episode.actions[:, 6])
         motion = episode.actions[:, :3]
-        grasps, notes = _grasps(gripper, motion, len(goals))
+        grasps, notes = _grasps(gripper, motion)
         pieces: list[_Piece] = []
         start = 0
         for index, goal in enumerate(goals):
@@ -99,7 +106,7 @@ class _Grasp:
     release: int | None
 
 
-def _grasps(gripper: NDArray[np.float64], motion: NDArray[np.float64], goals: int) -> tuple[list[_Grasp], list[str]]:
+def _grasps(gripper: NDArray[np.float64], motion: NDArray[np.float64]) -> tuple[list[_Grasp], list[str]]:
     """Pair closings with openings; a short hold without travel is a failed attempt at the following grasp."""
     changes = [index for index in range(1, len(gripper)) if gripper[index] != gripper[index - 1]]
     closes = [index for index in changes if gripper[index] < 0.5]
@@ -110,8 +117,7 @@ def _grasps(gripper: NDArray[np.float64], motion: NDArray[np.float64], goals: in
     failed_opens: list[int] = []
     for position, (close, opening) in enumerate(holds):
         is_last = position == len(holds) - 1
-        surplus = len(holds) - position > goals - len(grasps)
-        if opening is not None and not is_last and (surplus or _travel_m(motion[close:opening]) < _RETRY_TRAVEL_M):
+        if opening is not None and not is_last and _travel_m(motion[close:opening]) < _RETRY_TRAVEL_M:
             failed_closes.append(close)
             failed_opens.append(opening)
             notes.append(f"failed grasp at row {close}, opened again at row {opening}")
@@ -122,7 +128,8 @@ def _grasps(gripper: NDArray[np.float64], motion: NDArray[np.float64], goals: in
 
 
 def _travel_m(rows: NDArray[np.float64]) -> float:
-    return float(np.linalg.norm(rows.sum(axis=0))) if len(rows) else 0.0
+    """Largest distance from the start of a path, metres."""
+    return float(np.linalg.norm(np.cumsum(rows, axis=0), axis=1).max()) if len(rows) else 0.0
 
 
 def _pieces_of_goal(
@@ -131,9 +138,8 @@ def _pieces_of_goal(
     """Cut the rows of one object: move, grasp (again after a failed attempt), then lift, carry, lower, release."""
     limit = following.closes[0] if following else len(motion)
     pieces: list[_Piece] = []
-    descent = _descent_start(motion, start, grasp.closes[0])
-    if descent > start:
-        pieces.append(_Piece("move", goal, start, descent))
+    descent = _descent_start(motion, start, grasp.closes[0], _GRASP_DESCENT_M)
+    pieces += _corrected("move", goal, motion, start, descent)
     begin = descent
     for close, reopen in zip(grasp.closes, [*grasp.opens, None], strict=True):
         end = reopen if reopen is not None else _still_end(motion, close, grasp.release or limit)
@@ -147,13 +153,27 @@ def _pieces_of_goal(
     if lifted > begin:
         pieces.append(_Piece("lift", goal, begin, lifted))
     lowering = _descent_start(motion, lifted, grasp.release)
-    if lowering > lifted:
-        pieces.append(_Piece("carry", goal, lifted, lowering))
+    pieces += _corrected("carry", goal, motion, lifted, lowering)
     if grasp.release > lowering:
         pieces.append(_Piece("lower", goal, lowering, grasp.release))
     still = _still_end(motion, grasp.release, limit)
     end = limit if following is None else max(grasp.release + 1, _ascent_end(motion, still, limit))
     return [*pieces, _Piece("release", goal, grasp.release, end)]
+
+
+def _corrected(kind: str, goal: Goal, motion: NDArray[np.float64], begin: int, end: int) -> list[_Piece]:
+    """Split a motion where it rests and goes on in another direction: each part but the last missed its aim."""
+    resting = np.linalg.norm(motion[begin:end], axis=1) < _REST_M
+    pieces: list[_Piece] = []
+    start = begin
+    for index in range(begin + _PAUSE_ROWS, end):
+        paused = resting[index - begin - _PAUSE_ROWS : index - begin].all() and not resting[index - begin]
+        before, after = motion[start:index].sum(axis=0), motion[index:end].sum(axis=0)
+        lengths = float(np.linalg.norm(before) * np.linalg.norm(after))
+        if paused and lengths > 0 and float(before @ after) < _SAME_DIRECTION * lengths:
+            pieces.append(_Piece(kind, goal, start, index))
+            start = index
+    return [*pieces, _Piece(kind, goal, start, end)] if end > start else pieces
 
 
 def _tail(pieces: list[_Piece], goal: Goal, start: int, end: int) -> list[_Piece]:
@@ -167,14 +187,14 @@ def _tail(pieces: list[_Piece], goal: Goal, start: int, end: int) -> list[_Piece
 def _descent_start(motion: NDArray[np.float64], begin: int, end: int, longest_m: float = np.inf) -> int:
     """First row of the mostly vertical descent that ends at `end`; `end` itself when there is none.
 
-    The start that maximises (height lost - distance moved sideways) until `end`: single jittery rows do not matter.
+    The start that maximises (height lost - cost of moving sideways) until `end`: single jittery rows do not matter.
     Of a longer descent only the last `longest_m` metres count.
     """
     if end <= begin:
         return end
     suffix = np.cumsum(motion[begin:end][::-1], axis=0)[::-1]
     lost = -suffix[:, 2]
-    score = lost - np.linalg.norm(suffix[:, :2], axis=1)
+    score = lost - _SIDEWAYS_COST * np.linalg.norm(suffix[:, :2], axis=1)
     score[lost > longest_m] = -np.inf
     best = int(np.argmax(score))
     return begin + best if score[best] >= _VERTICAL_MIN_M else end
@@ -185,7 +205,7 @@ def _ascent_end(motion: NDArray[np.float64], begin: int, end: int) -> int:
     if end <= begin:
         return begin
     prefix = np.cumsum(motion[begin:end], axis=0)
-    score = prefix[:, 2] - np.linalg.norm(prefix[:, :2], axis=1)
+    score = prefix[:, 2] - _SIDEWAYS_COST * np.linalg.norm(prefix[:, :2], axis=1)
     best = int(np.argmax(score))
     return begin + best + 1 if score[best] >= _VERTICAL_MIN_M else begin
 

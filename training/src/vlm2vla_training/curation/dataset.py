@@ -51,6 +51,7 @@ class CurateCounts:
     examples: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     drops: list[dict[str, Any]] = field(default_factory=list)
+    not_imitated: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -61,6 +62,7 @@ class CurateCounts:
             "dropped": dict(self.dropped),
             "dropped_total": self.dropped.total(),
             "drops": self.drops,
+            "steps_not_imitated": self.not_imitated,
         }
 
 
@@ -158,6 +160,7 @@ def count(counts: CurateCounts, key: str, found: EpisodeExamples) -> None:
     counts.episodes += 1
     for example in found.examples:
         counts.examples[example.kind] += 1
+    counts.not_imitated += found.not_imitated
     for kind, first, reason in found.drops:
         counts.dropped[kind] += 1
         counts.drops.append({"episode_key": key, "kind": kind, "first": first, "reason": reason})

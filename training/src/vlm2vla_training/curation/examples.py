@@ -101,10 +101,13 @@ class Example:
 
 @dataclass
 class EpisodeExamples:
-    """Examples of one episode, and what was dropped: (kind, first, reason)."""
+    """Examples of one episode, what was dropped as (kind, first, reason), and how many failed steps were only shown to
+    the verifier.
+    """
 
     examples: list[Example] = field(default_factory=list)
     drops: list[tuple[str, int, str]] = field(default_factory=list)
+    not_imitated: int = 0
 
 
 def examples_of(episode: AnnotatedEpisode, options: ExampleOptions) -> EpisodeExamples:
@@ -133,7 +136,11 @@ class _Builder:
         kinds = ("actions",) if self.options.variant == "nr" else self.options.kinds
         for index, step in enumerate(self.steps):
             starts = [step.first, *self._extra_starts(index)]
-            for start in starts:
+            # What the log itself does again right away went wrong: it shows the verifier a failure, it is not imitated.
+            imitated = self._completed(index)
+            if not imitated:
+                self.result.not_imitated += 1
+            for start in starts if imitated else ():
                 for kind, add in (
                     ("subtasks", self._subtasks),
                     ("motion_plan", self._motion_plan),
