@@ -15,6 +15,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
 DISTRIBUTIONS = ("shared_schema", "twin", "server", "client", "training")
+PAGES = ["README.md", "LICENSES.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 MAX_FILE_BYTES = 20_000_000
 # Put together from pieces, so that this file does not find itself.
 MACHINE_PATH = re.compile(r"(?<![\w.~$}>/-])/(?:ro" + r"ot|wo" + r"rk|ho" + r"me/[a-z]\w*|Us" + r"ers/\w+)/")
@@ -158,7 +159,7 @@ def relative_links(page: Path) -> list[str]:
     return [link for link in links if not re.match(r"[a-z]+:", link)]
 
 
-@pytest.mark.parametrize("page", ["README.md", "LICENSES.md", "docs/paper.md", "docs/paper_deviations.md"])
+@pytest.mark.parametrize("page", PAGES)
 def test_links_and_named_files_of_a_page_exist(page: str) -> None:
     path = ROOT / page
     missing = [link for link in relative_links(path) if not (path.parent / link).exists()]
@@ -177,8 +178,8 @@ def test_paper_page_has_every_equation_table_figure_and_appendix() -> None:
 
 
 def commands_of_pages() -> list[str]:
-    """`program subcommand` of every command line that README.md and docs/paper.md print."""
-    text = "".join((ROOT / page).read_text() for page in ("README.md", "docs/paper.md"))
+    """`program subcommand` of every command line that the pages print."""
+    text = "".join((ROOT / page).read_text() for page in PAGES)
     return sorted(set(re.findall(r"\bvlm2vla-(?:client|server|train) [a-z]+\b", text)))
 
 
