@@ -99,10 +99,10 @@ def test_the_animation_stays_small_and_keeps_the_whole_episode(tmp_path: Path) -
     assert animation.save(tmp_path / "none.gif") is None
     for number in range(2 * MAX_PICTURES + 10):
         image = np.full((48, 64, 3), number % 250, dtype=np.uint8)
-        animation.add(Frame(image, 0.0, str(number)))
+        animation.add(Frame(image, 0.0, str(number)), f"{number} 拿起胡萝卜")
     assert len(animation) <= MAX_PICTURES + 1
     path = animation.save(tmp_path / "episode.gif")
     assert path is not None
     with Image.open(path) as picture:
-        assert picture.format == "GIF" and picture.size == (320, 240)
+        assert picture.format == "GIF" and picture.size == (480, 390)
         assert getattr(picture, "n_frames", 1) > 10

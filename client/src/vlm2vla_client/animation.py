@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from vlm2vla_schema.types import Frame
 
-WIDTH, HEIGHT = 320, 240
+WIDTH, HEIGHT = 480, 360
+BAR_PX = 30
 MAX_PICTURES = 160
-COLOURS = 96
+COLOURS = 128
 PICTURE_MS = 100
 LAST_PICTURE_MS = 1500
 
@@ -27,13 +28,12 @@ class Animation:
     def __len__(self) -> int:
         return len(self._pictures)
 
-    def add(self, frame: Frame) -> None:
-        """Keeps the frame if it is this one's turn."""
+    def add(self, frame: Frame, caption: str = "") -> None:
+        """Keeps the frame, with a line of words under it, if it is this one's turn."""
         self._seen += 1
         if self._seen % self._every:
             return
-        picture = Image.fromarray(frame.image).resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR)
-        self._pictures.append(picture)
+        self._pictures.append(_captioned(frame, caption))
         if len(self._pictures) > MAX_PICTURES:
             self._pictures = self._pictures[::2]
             self._every *= 2
@@ -55,7 +55,17 @@ class Animation:
     def _palette(self) -> Image.Image:
         """Colours of eight pictures spread over the episode, so that what appears late is not left out."""
         some = self._pictures[:: max(1, len(self._pictures) // 8)][:8]
-        sheet = Image.new("RGB", (WIDTH, HEIGHT * len(some)))
+        height = HEIGHT + BAR_PX
+        sheet = Image.new("RGB", (WIDTH, height * len(some)))
         for place, picture in enumerate(some):
-            sheet.paste(picture, (0, HEIGHT * place))
+            sheet.paste(picture, (0, height * place))
         return sheet.quantize(COLOURS, dither=Image.Dither.NONE)
+
+
+def _captioned(frame: Frame, caption: str) -> Image.Image:
+    picture = Image.new("RGB", (WIDTH, HEIGHT + BAR_PX), (24, 26, 30))
+    picture.paste(Image.fromarray(frame.image).resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR), (0, 0))
+    # The font that comes with Pillow knows Latin letters only; others would be drawn as boxes.
+    words = caption.encode("latin-1", "replace").decode("latin-1")
+    ImageDraw.Draw(picture).text((10, HEIGHT + 6), words, fill=(235, 235, 230), font=ImageFont.load_default(size=15))
+    return picture

@@ -150,7 +150,7 @@ class _Episode:
         """Frame, plan, rows, execution, verdict. True when the subtask is done."""
         parts, subtask = self.parts, self.subtasks[index]
         began_s = time.monotonic()
-        parts.moves.begin(self.cycles, index)
+        parts.moves.begin(self.cycles, index, f"{index + 1}/{len(self.subtasks)}  {subtask}")
         parts.progress.cycle(self.cycles, index + 1, len(self.subtasks), subtask)
         parts.progress.waiting("planning")
         before, number = self._frame()

@@ -11,14 +11,13 @@ import numpy as np
 
 from vlm2vla_client.cameras.base import Camera
 from vlm2vla_client.errors import ClientError
-from vlm2vla_client.progress import Progress
+from vlm2vla_client.progress import Progress, printable
 from vlm2vla_client.recorder import Recorder
 from vlm2vla_client.robots.base import Robot
 from vlm2vla_client.safety import Decision, Limits, RobotState, SafetyContext, filter_row
 from vlm2vla_schema.types import Frame
 
 STEP_FRAME_AGE_S = 0.5
-DISPLAY_EVERY_SUBSTEPS = 3
 
 
 def state_of(state: RobotState) -> list[float]:
@@ -43,7 +42,7 @@ class Moves:
     recorded and do not stop the arm.
 
     Args:
-        display: called with a frame every few substeps, for the animation; None to leave it out.
+        display: called with a frame and a caption at every substep, for the animation; None to leave it out.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class Moves:
         robot: Robot,
         camera: Camera,
         limits: Limits,
-        display: Callable[[Frame], None] | None = None,
+        display: Callable[[Frame, str], None] | None = None,
     ) -> None:
         self._recorder = recorder
         self._progress = progress
@@ -63,13 +62,13 @@ class Moves:
         self._display = display
         self._cycle = 0
         self._subtask_index = 0
-        self._substeps = 0
+        self._caption = ""
         self._row = 0
         self.counts: Counter[str] = Counter()
 
-    def begin(self, cycle: int, subtask_index: int) -> None:
-        """The cycle and subtask that the coming events belong to."""
-        self._cycle, self._subtask_index = cycle, subtask_index
+    def begin(self, cycle: int, subtask_index: int, caption: str = "") -> None:
+        """The cycle and subtask that the coming events belong to; ``caption`` goes under the animation's pictures."""
+        self._cycle, self._subtask_index, self._caption = cycle, subtask_index, printable(caption)
 
     def __call__(self, kind: str, data: dict[str, Any]) -> None:
         """One event of the executor."""
@@ -79,6 +78,8 @@ class Moves:
             self._on_substep(data)
         else:
             self._event(kind, **data)
+            if kind in ("arrival", "gripper"):
+                self._picture()
 
     def preview(self, rows: Iterable[Sequence[float]], context: SafetyContext, state: RobotState) -> None:
         """Dry run: what the filter says about the first row from here; later rows depend on motion that will not be."""
@@ -133,8 +134,10 @@ class Moves:
 
     def _on_substep(self, data: dict[str, Any]) -> None:
         self._event("substep", index=self._row, position_m=data["ee_position_m"], **data)
-        self._substeps += 1
-        if self._display is not None and self._substeps % DISPLAY_EVERY_SUBSTEPS == 0:
+        self._picture()
+
+    def _picture(self) -> None:
+        if self._display is not None:
             try:
                 self._show(self._camera.latest(STEP_FRAME_AGE_S, STEP_FRAME_AGE_S))
             except ClientError:
@@ -142,7 +145,7 @@ class Moves:
 
     def _show(self, frame: Frame) -> None:
         if self._display is not None:
-            self._display(frame)
+            self._display(frame, self._caption)
 
     def _event(self, kind: str, **fields: Any) -> None:
         self._recorder.event(kind, cycle=self._cycle, subtask_index=self._subtask_index, **fields)
