@@ -29,7 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 done, 1 a data or training error, 2 usage or a command that is not built yet, 130 interrupted.
     """
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if args.command == "pretrain":
+        args.rest = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return _dispatch(args)
     except (UsageError, NotBuiltError, MissingExtraError) as error:
@@ -92,11 +96,11 @@ def _add_demos(commands: Commands[argparse.ArgumentParser]) -> None:
     command.add_argument("--seed", type=int, default=0, help="first seed; training seeds lie below 500000")
     command.add_argument("--episodes", type=int, default=100, help="episodes a suite")
     command.add_argument("--mode", choices=("varied", "paper"), default="varied", help="what the scene varies")
-    command.add_argument("--speed-m", type=float, default=0.012, help="longest motion of one 5 Hz step, metres")
-    command.add_argument("--jitter", type=float, default=0.02, help="relative variation of the length of a step")
+    command.add_argument("--speed-m", type=float, default=0.0124, help="longest motion of a 5 Hz step an axis, metres")
     command.add_argument("--aim-m", type=float, default=0.02, help="size of a misjudged aim, metres (then corrected)")
     command.add_argument("--misjudge", type=float, default=0.4, help="probability of misjudging an aim")
-    command.add_argument("--miss", type=float, default=0.1, help="probability of closing too high at first")
+    command.add_argument("--residual-m", type=float, default=0.009, help="aim error corrected while descending, metres")
+    command.add_argument("--miss", type=float, default=0.12, help="probability of closing too high or beside at first")
     command.add_argument("--width", type=int, default=640, help="width of the stored frames, pixels")
     command.add_argument("--height", type=int, default=480, help="height of the stored frames, pixels")
     command.add_argument("--workers", type=int, default=1, help="processes")
@@ -139,7 +143,6 @@ def _add_curate(commands: Commands[argparse.ArgumentParser]) -> None:
 def _add_pretrain(commands: Commands[argparse.ArgumentParser]) -> None:
     command = commands.add_parser("pretrain", help="train the twin's base model from nothing", add_help=False)
     command.set_defaults(target="cli:run_pretrain")
-    command.add_argument("rest", nargs=argparse.REMAINDER)
 
 
 def run_pretrain(args: argparse.Namespace) -> int:
