@@ -44,15 +44,15 @@ class Mutated:
 def base_request(path: str, image: bytes, rng: random.Random) -> dict[str, Any]:
     """A request that would be answered, short so that it costs little."""
     text = base64.b64encode(image).decode()
-    fields: dict[str, Any] = {
+    known: dict[str, dict[str, Any]] = {
         "/subtasks": {"image": text, "task": "pick up the carrot"},
         "/motion_plan": {"image": text, "subtask": "Move to Carrot"},
         "/actions": {"image": text, "subtask": "Move to Carrot", "motion_plan": "Move forward."},
         "/cycle": {"image": text, "subtask": "Move to Carrot"},
         "/verify": {"before": text, "after": text, "subtask": "Grasp Carrot", "next_subtask": None},
         "/vqa": {"image": text, "question": "What is it?"},
-    }[path]
-    return {**fields, "max_tokens": 3, "max_attempts": 1, "deadline_ms": 20000, "seed": rng.randrange(1000)}
+    }
+    return {**known[path], "max_tokens": 3, "max_attempts": 1, "deadline_ms": 20000, "seed": rng.randrange(1000)}
 
 
 VALUES: tuple[Any, ...] = (

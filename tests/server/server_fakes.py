@@ -244,9 +244,14 @@ class Caller:
 @contextlib.asynccontextmanager
 async def serving(app: ASGIApp, *, ready: bool = True) -> AsyncIterator[Caller]:
     """Run the app's lifespan around a Caller; waits until it is ready unless told not to."""
-    inbox: asyncio.Queue[dict[str, str]] = asyncio.Queue()
+    inbox: asyncio.Queue[Any] = asyncio.Queue()
     outbox: asyncio.Queue[Any] = asyncio.Queue()
-    life = asyncio.create_task(app({"type": "lifespan", "asgi": {"version": "3.0"}}, inbox.get, outbox.put))  # type: ignore[arg-type]
+    scope = {"type": "lifespan", "asgi": {"version": "3.0"}}
+
+    async def live() -> None:
+        await app(scope, inbox.get, outbox.put)
+
+    life = asyncio.create_task(live())
     await inbox.put({"type": "lifespan.startup"})
     assert (await outbox.get())["type"] == "lifespan.startup.complete"
     caller = Caller(app)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
-from server_fakes import GOOD, FakeEngine, GenerationRequest, run, serving, until, with_settings, write_models
+from server_fakes import GOOD, FakeEngine, run, serving, until, with_settings, write_models
 
 from vlm2vla_server.app import create_app
+from vlm2vla_server.engines.base import GenerationRequest
 
 LONG = "[[0.01, 0.0, 0.0, 1.0]" + ", [0.01, 0.0, 0.0, 1.0]" * 30 + "]"
 
@@ -127,11 +129,11 @@ def test_a_body_that_never_comes_is_given_up(tmp_path: Path) -> None:
         async with serving(create_app(settings, FakeEngine())) as caller:
             status: list[int] = []
 
-            async def receive() -> dict[str, object]:
+            async def receive() -> dict[str, Any]:
                 await asyncio.sleep(0.02)
                 return {"type": "http.request", "body": b"x", "more_body": True}
 
-            async def send(message: dict[str, object]) -> None:
+            async def send(message: Any) -> None:
                 if message["type"] == "http.response.start":
                     status.append(int(str(message["status"])))
 
@@ -144,7 +146,7 @@ def test_a_body_that_never_comes_is_given_up(tmp_path: Path) -> None:
                 "root_path": "",
             }
             async with asyncio.timeout(10):
-                await caller.app(scope, receive, send)  # type: ignore[arg-type]
+                await caller.app(scope, receive, send)
             assert status == [504]
 
     run(work())

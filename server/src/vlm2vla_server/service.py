@@ -35,6 +35,7 @@ class ServedAdapterInfo(AdapterInfo):
 class ServerInfo(InfoResponse):
     """GET /info, with readiness."""
 
+    adapters: list[ServedAdapterInfo]  # type: ignore[assignment]  # answers are frozen, so a narrower list is safe
     ready: bool
     reason: str | None = None
     device: str | None = None
