@@ -127,15 +127,17 @@ def test_torch_is_pinned_without_a_local_version() -> None:
     assert not [name for name in pins() if name.startswith(("nvidia-", "cuda-"))]
 
 
-@pytest.mark.parametrize("script", ["scripts/demo", "scripts/test", "scripts/install-client", "scripts/install-server",
-                                    ".ci/run"])
+SCRIPTS = ["demo", "test", "soak", "install-client", "install-server"]
+
+
+@pytest.mark.parametrize("script", [*(f"scripts/{name}" for name in SCRIPTS), ".ci/run"])
 def test_scripts_are_executable_and_parse(script: str) -> None:
     path = ROOT / script
     assert path.stat().st_mode & 0o100
     subprocess.run(["bash", "-n", str(path)], check=True, timeout=20)
 
 
-@pytest.mark.parametrize("script", ["demo", "test", "install-client", "install-server"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_explain_themselves(script: str) -> None:
     done = subprocess.run([str(ROOT / "scripts" / script), "--help"], capture_output=True, text=True, timeout=20)
     assert done.returncode == 0
