@@ -1,7 +1,7 @@
 """Many episodes in a row against one server: does anything grow, leak, hang or fail to stop?
 
 Run by hand (`scripts/soak`): it takes about a minute an episode. Prints one line an episode and writes one JSON file.
-The seeds are development seeds; success is not judged here, only that every run ends by itself with an honest exit code.
+Seeds are development seeds; success is not judged here, only that every run ends by itself with an honest exit code.
 """
 
 from __future__ import annotations
