@@ -152,7 +152,8 @@ def judge(batch: Batch, result: Screened, slack_m: float) -> Judgement:
     at_wall = batch.wall | (begin[:, 1:, 0].max(axis=1) >= WALL_PLANE_M)
     broken["pushes the wall"] = free & at_wall & (moved[:, 0] > 0.0)
     clean = np.where(np.isfinite(rows[:, :3]), rows[:, :3], 0.0)
-    broken["invents motion"] = ((moved * clean < 0.0) | (np.abs(moved) > np.abs(clean) + 1e-12)).any(axis=1)
+    invented = (moved * clean < 0.0) | (np.abs(moved) > np.abs(clean) + 1e-12)
+    broken["invents motion"] = np.asarray(invented.any(axis=1))
     changed = free & (moved != clean).any(axis=1)
     contact = [Reason.COUNTER_CONTACT, Reason.COUNTER_REACHED, Reason.WALL_CONTACT, Reason.WALL_REACHED]
     excused = np.any([result.reasons.get(reason, np.zeros(len(rows), bool)) for reason in contact], axis=0)

@@ -39,7 +39,7 @@ def filter_row(row: Sequence[float], state: RobotState, context: SafetyContext, 
         context: where the row came from and what the gripper touches.
         limits: what to enforce.
 
-    Never raises for any content of the first three, does not block. About 0.4 ms.
+    Never raises for any content of the first three, does not block. About 1 ms, 2 ms with a rotation.
     """
     numbers = _numbers_of_row(row)
     if isinstance(numbers, Reason):

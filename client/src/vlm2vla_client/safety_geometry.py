@@ -9,7 +9,6 @@ Shapes: N rows, P = 3 points of the gripper (end effector, two finger tips), W =
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,8 +99,8 @@ def screen(batch: Batch, limits: Limits) -> Screened:
 
 
 def rotation_of(rpy_rad: FloatArray) -> FloatArray:
-    """Rotation matrices [N, 3, 3] in the base frame of [N, 3] roll, pitch, yaw: Rz(yaw) Ry(pitch) Rx(roll)."""
-    (sr, sp, sy), (cr, cp, cy) = np.sin(rpy_rad).T, np.cos(rpy_rad).T
+    """Rotation matrices [..., 3, 3] in the base frame of [..., 3] roll, pitch, yaw: Rz(yaw) Ry(pitch) Rx(roll)."""
+    (sr, sp, sy), (cr, cp, cy) = np.moveaxis(np.sin(rpy_rad), -1, 0), np.moveaxis(np.cos(rpy_rad), -1, 0)
     rows = [
         [cy * cp, cy * sp * sr - sy * cr, cy * sp * cr + sy * sr],
         [sy * cp, sy * sp * sr + cy * cr, sy * sp * cr - cy * sr],
@@ -191,11 +190,8 @@ def _no_turn_into_contact(result: Screened, batch: Batch, points: FloatArray, fl
     low[:, 1:, 2] = np.where(batch.counter[index, None], start[:, 1:, 2], np.minimum(start[:, 1:, 2], floor))
     high[:, 1:, 0] = np.where(batch.wall[index, None], start[:, 1:, 0], np.maximum(start[:, 1:, 0], front))
     low, high = low - TOLERANCE, high + TOLERANCE
-    fraction = np.ones(len(index))
-    for begin, delta, share in _segments(result, points, index):
-        part = _box_fraction(begin, delta, low, high)
-        fraction = np.minimum(fraction, np.where(part < 1.0, share, 1.0))
-    _scale(result, index, fraction, Reason.ROTATION_INTO_CONTACT)
+    way = _arcs(result, start, index)
+    _scale(result, index, way.share(_box_fraction(way, low, high)), Reason.ROTATION_INTO_CONTACT)
 
 
 def _stay_inside(result: Screened, points: FloatArray, limits: Limits) -> None:
@@ -211,67 +207,75 @@ def _stay_inside(result: Screened, points: FloatArray, limits: Limits) -> None:
         start = points[index]
         # From outside, each face may be violated no more than it is now.
         lower, upper = np.minimum(low + margin, start), np.maximum(high - margin, start)
-        in_box = np.ones(len(index))
+        way = _arcs(result, start, index) if margin else _straight(result, start, index)
+        in_box = way.share(_box_fraction(way, lower, upper))
         in_free = np.ones(len(index))
-        straight_way = 0.0 if margin else 1.0
-        steps = _segments(result, points, index) if margin else _straight(result, start, index)
-        for begin, delta, share in steps:
-            part = _box_fraction(begin, delta, lower, upper)
-            in_box = np.minimum(in_box, np.where(part < 1.0, share + part * straight_way, 1.0))
-            for a, b in forbidden:
-                part = _free_fraction(begin, delta, a - margin, b + margin)
-                in_free = np.minimum(in_free, np.where(part < 1.0, share + part * straight_way, 1.0))
+        for a, b in forbidden:
+            in_free = np.minimum(in_free, way.share(_free_fraction(way, a - margin, b + margin)))
         _refuse_from_outside(result, start, index, np.minimum(in_box, in_free), (low, high), forbidden)
         _scale(result, index, np.where(in_box <= in_free, in_box, 1.0), Reason.BOX)
         _scale(result, index, np.where(in_free < in_box, in_free, 1.0), Reason.FORBIDDEN_BOX)
 
 
-def _straight(
-    result: Screened, start: FloatArray, index: NDArray[np.intp]
-) -> list[tuple[FloatArray, FloatArray, float]]:
+@dataclass(frozen=True, eq=False)
+class _Way:
+    """The points' way through M rows as K straight pieces: begin and delta [K, M, P, 3]."""
+
+    begin: FloatArray
+    delta: FloatArray
+
+    def share(self, part: FloatArray) -> FloatArray:
+        """Share [M] of each row that may be done, from the share [K, M] of each piece."""
+        pieces = len(part)
+        if pieces == 1:
+            return np.asarray(part[0], dtype=np.float64)
+        before = np.arange(pieces)[:, None] / pieces
+        return np.asarray(np.where(part < 1.0, before, 1.0).min(axis=0), dtype=np.float64)
+
+
+def _straight(result: Screened, start: FloatArray, index: NDArray[np.intp]) -> _Way:
     delta = np.broadcast_to(result.translation_m[index][:, None, :], start.shape)
-    return [(start, delta, 0.0)]
+    return _Way(start[None], delta[None])
 
 
-def _segments(
-    result: Screened, points: FloatArray, index: NDArray[np.intp]
-) -> list[tuple[FloatArray, FloatArray, float]]:
-    """The points' way as chords: (begin [M, P, 3], delta [M, P, 3], share of the row that lies before it)."""
-    start, moved, turned = points[index], result.translation_m[index], result.rotation_rad[index]
-    nodes = [_moved(start, moved, turned, step / _ARC_SEGMENTS) for step in range(_ARC_SEGMENTS + 1)]
-    return [(a, b - a, step / _ARC_SEGMENTS) for step, (a, b) in enumerate(pairwise(nodes))]
+def _arcs(result: Screened, start: FloatArray, index: NDArray[np.intp]) -> _Way:
+    shares = np.linspace(0.0, 1.0, _ARC_SEGMENTS + 1)[:, None]
+    nodes = _moved(start, result.translation_m[index], result.rotation_rad[index], shares)
+    return _Way(nodes[:-1], np.diff(nodes, axis=0))
 
 
-def _moved(start: FloatArray, moved: FloatArray, turned: FloatArray, share: float | FloatArray) -> FloatArray:
-    """Points [M, P, 3] after ``share`` of a row: the gripper turns about the end effector, which translates."""
-    part = np.asarray(share).reshape(-1, 1)
+def _moved(start: FloatArray, moved: FloatArray, turned: FloatArray, share: FloatArray) -> FloatArray:
+    """Points [..., M, P, 3] after a share [..., M] of each row: the gripper turns about the end effector."""
+    part = share[..., None]
     centre = start[:, :1]
-    arms = np.einsum("nij,npj->npi", rotation_of(turned * part), start - centre)
-    return np.asarray(centre + arms + (moved * part)[:, None, :], dtype=np.float64)
+    arms = np.einsum("...ij,...pj->...pi", rotation_of(turned * part), start - centre)
+    return np.asarray(centre + arms + (moved * part)[..., None, :], dtype=np.float64)
 
 
-def _box_fraction(begin: FloatArray, delta: FloatArray, low: FloatArray, high: FloatArray) -> FloatArray:
-    """Largest share [M] in 0..1 of a straight way for which every point stays between ``low`` and ``high``."""
+def _box_fraction(way: _Way, low: FloatArray, high: FloatArray) -> FloatArray:
+    """Largest share [K, M] in 0..1 of each piece for which every point stays between ``low`` and ``high``."""
+    begin, delta = way.begin, way.delta
     end = begin + delta
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         to_high = np.where(end > high + _ROUNDING_M, (high - begin) / delta, 1.0)
         to_low = np.where(end < low - _ROUNDING_M, (low - begin) / delta, 1.0)
     share = np.clip(np.minimum(to_high, to_low), 0.0, 1.0)
-    return np.asarray(share.min(axis=(1, 2)), dtype=np.float64)
+    return np.asarray(share.min(axis=(-2, -1)), dtype=np.float64)
 
 
-def _free_fraction(begin: FloatArray, delta: FloatArray, low: FloatArray, high: FloatArray) -> FloatArray:
-    """Largest share [M] of a straight way before any point enters a forbidden box; from inside, 1 on the way out."""
+def _free_fraction(way: _Way, low: FloatArray, high: FloatArray) -> FloatArray:
+    """Largest share [K, M] of each piece before any point enters a forbidden box; from inside, 1 on the way out."""
+    begin, delta = way.begin, way.delta
     enter, leave = _slab(begin, delta, low + TOLERANCE, high - TOLERANCE)
     hit = (enter < leave) & (enter < 1.0) & (leave > 0.0)
     surface, _ = _slab(begin, delta, low, high)
     outside = np.where(hit, np.clip(surface, 0.0, 1.0), 1.0)
     depth = _depth(begin, low, high)
-    to_faces = np.concatenate([begin - low, high - begin], axis=2)
-    rate = np.where(to_faces <= depth[..., None] + _ROUNDING_M, np.concatenate([delta, -delta], axis=2), np.inf)
-    leaving = rate.min(axis=2) < 0.0
+    to_faces = np.concatenate([begin - low, high - begin], axis=-1)
+    rate = np.where(to_faces <= depth[..., None] + _ROUNDING_M, np.concatenate([delta, -delta], axis=-1), np.inf)
+    leaving = rate.min(axis=-1) < 0.0
     fraction = np.where(depth > TOLERANCE, np.where(leaving, 1.0, 0.0), outside)
-    return np.asarray(fraction.min(axis=1), dtype=np.float64)
+    return np.asarray(fraction.min(axis=-1), dtype=np.float64)
 
 
 def _slab(begin: FloatArray, delta: FloatArray, low: FloatArray, high: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -281,12 +285,12 @@ def _slab(begin: FloatArray, delta: FloatArray, low: FloatArray, high: FloatArra
     within = (begin > low) & (begin < high)
     enter = np.where(still, np.where(within, -np.inf, np.inf), np.minimum(one, two))
     leave = np.where(still, np.where(within, np.inf, -np.inf), np.maximum(one, two))
-    return enter.max(axis=2), leave.min(axis=2)
+    return enter.max(axis=-1), leave.min(axis=-1)
 
 
 def _depth(points: FloatArray, low: FloatArray, high: FloatArray) -> FloatArray:
-    """How deep [M, P] each point lies in a box; zero or less outside."""
-    return np.asarray(np.minimum(points - low, high - points).min(axis=2), dtype=np.float64)
+    """How deep [..., P] each point lies in a box; zero or less outside."""
+    return np.asarray(np.minimum(points - low, high - points).min(axis=-1), dtype=np.float64)
 
 
 def _refuse_from_outside(
