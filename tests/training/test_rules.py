@@ -64,7 +64,7 @@ def test_boundaries_of_pick() -> None:
     steps = RulesAnnotator().annotate(episode_of(PICK, "pick up the carrot")).steps
     assert (steps[0].first, steps[-1].last) == (0, sum(segment[4] for segment in PICK) - 1)
     assert abs(steps[0].last - 6) <= 1
-    assert (steps[1].last, steps[2].first) == (15, 16)
+    assert (steps[1].last, steps[2].first) == (13, 14)
     assert steps[0].main_movements == "Move far forward, slightly left and slightly down, gripper stays open."
     assert steps[1].main_movements.endswith("then close the gripper.")
     assert steps[2].main_movements == "Move far up, gripper stays closed."

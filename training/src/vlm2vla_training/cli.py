@@ -97,7 +97,7 @@ def _add_demos(commands: Commands[argparse.ArgumentParser]) -> None:
     command.add_argument("--episodes", type=int, default=100, help="episodes a suite")
     command.add_argument("--mode", choices=("varied", "paper"), default="varied", help="what the scene varies")
     command.add_argument("--speed-m", type=float, default=0.0124, help="longest motion of a 5 Hz step an axis, metres")
-    command.add_argument("--aim-m", type=float, default=0.02, help="size of a misjudged aim, metres (then corrected)")
+    command.add_argument("--aim-m", type=float, default=0.045, help="largest misjudged aim, metres")
     command.add_argument("--misjudge", type=float, default=0.4, help="probability of misjudging an aim")
     command.add_argument("--residual-m", type=float, default=0.009, help="aim error corrected while descending, metres")
     command.add_argument("--miss", type=float, default=0.12, help="probability of closing too high or beside at first")

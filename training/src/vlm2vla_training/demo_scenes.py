@@ -11,12 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlm2vla_training.demonstrator import Handling
 from vlm2vla_training.errors import UsageError
 from vlm2vla_twin.scene import KINDS, ObjectSpec, SceneSpec, resting, vary
+from vlm2vla_twin.skills import SPOKEN, Goal
 
 GRASPABLE = tuple(name for name, kind in KINDS.items() if kind.graspable)
-SPOKEN = {"plate": "yellow plate"}
 _X_M, _Y_M = (0.20, 0.38), (-0.15, 0.15)
 _CLEARANCE_M = {"plate": 0.075, "pan": 0.09}
 _OBJECT_CLEARANCE_M = 0.035
@@ -28,7 +27,7 @@ class DemoTask:
     """One demonstration to record."""
 
     instruction: str
-    handlings: tuple[Handling, ...]
+    goals: tuple[Goal, ...]
     spec: SceneSpec
 
 
@@ -46,14 +45,14 @@ def demo_task(suite: str, seed: int, mode: str) -> DemoTask:
     task = SUITES[suite](random, seed)
     if mode == "paper":
         return task
-    return DemoTask(task.instruction, task.handlings, vary(task.spec, random))
+    return DemoTask(task.instruction, task.goals, vary(task.spec, random))
 
 
 def _pick(random: np.random.Generator, seed: int, name: str, distractors: int) -> DemoTask:
     others = [str(other) for other in random.permutation([k for k in KINDS if k != name])[:distractors]]
     spec = SceneSpec(seed=seed, objects=_place_all(random, [name, *others], under=True))
     verb = str(random.choice(["pick up", "pick up", "lift"]))
-    return DemoTask(f"{verb} the {name}", (Handling(name, None),), spec)
+    return DemoTask(f"{verb} the {name}", (Goal(name, None),), spec)
 
 
 def _place(random: np.random.Generator, seed: int, name: str, target: str, distractors: int) -> DemoTask:
@@ -61,8 +60,8 @@ def _place(random: np.random.Generator, seed: int, name: str, target: str, distr
     spec = SceneSpec(seed=seed, objects=_place_all(random, [target, name, *others], under=False))
     preposition = "in" if target == "pan" else "on"
     verb = str(random.choice(["put", "put", "place"]))
-    instruction = f"{verb} the {name} {preposition} the {SPOKEN.get(target, target)}"
-    return DemoTask(instruction, (Handling(name, target),), spec)
+    instruction = f"{verb} the {name} {preposition} the {SPOKEN[target]}"
+    return DemoTask(instruction, (Goal(name, target),), spec)
 
 
 def _pick_any(random: np.random.Generator, seed: int) -> DemoTask:
@@ -92,8 +91,8 @@ def _then(random: np.random.Generator, seed: int) -> DemoTask:
     spec = SceneSpec(seed=seed, objects=_place_all(random, [target, first, second], under=False))
     preposition = "in" if target == "pan" else "on"
     verb = str(random.choice(["lift", "pick up"]))
-    instruction = f"put the {first} {preposition} the {SPOKEN.get(target, target)}, then {verb} the {second}"
-    return DemoTask(instruction, (Handling(first, target), Handling(second, None)), spec)
+    instruction = f"put the {first} {preposition} the {SPOKEN[target]}, then {verb} the {second}"
+    return DemoTask(instruction, (Goal(first, target), Goal(second, None)), spec)
 
 
 def _place_all(random: np.random.Generator, names: list[str], under: bool) -> tuple[ObjectSpec, ...]:

@@ -13,141 +13,145 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm2vla_twin import kinematics
+from vlm2vla_twin.expert import GRASP_M, HOVER_M, Waypoint, rows_for, waypoints
 from vlm2vla_twin.physics import UnreachableError, World
+from vlm2vla_twin.skills import Goal, Skill
 
 STEP_S = 0.2
 _SUBSTEPS = 10
-HOVER_M = 0.07
-GRASP_Z_M = 0.006
-CARRY_Z_M = 0.13
-PLACE_Z_M = 0.022
-RETREAT_M = 0.08
-_ARRIVED_M = 0.002
+_GRIP_ROWS = 3
+_PAUSE_ROWS = 2
+_NUDGE_M = 0.001
+# A smaller error would not be noticed.
+_SEEN_M = 0.015
 
 Array = NDArray[np.float64]
 Row = list[float]
 
 
 @dataclass(frozen=True)
-class Handling:
-    """One object to take, as the simulator names it; `target` None when it is only lifted."""
-
-    object: str
-    target: str | None
-
-
-@dataclass(frozen=True)
 class Style:
-    """How one demonstrator moves.
+    """How the demonstrator moves and errs.
 
     Attributes:
-        speed_m: longest motion of one 5 Hz step, metres.
-        jitter: relative standard deviation of the length of a step.
-        aim_m: standard deviation of a misjudged first aim, metres.
+        speed_m: longest motion of one 5 Hz step on each axis, metres. Four of the default make one merged row.
+        aim_m: largest error of a misjudged first aim, metres.
         misjudge: probability of misjudging an aim.
-        miss: probability of closing the gripper too high at first.
+        residual_m: largest error that is left over the object and corrected while descending, metres.
+        miss: probability of closing the gripper too high or beside the object at first.
     """
 
-    speed_m: float = 0.012
-    jitter: float = 0.02
-    aim_m: float = 0.02
+    speed_m: float = 0.0124
+    aim_m: float = 0.045
     misjudge: float = 0.4
-    miss: float = 0.1
+    residual_m: float = 0.009
+    miss: float = 0.12
 
 
 class Demonstrator:
-    """Yields rows [dx_m, dy_m, dz_m, gripper] for a list of handlings; the caller executes each before the next."""
+    """Yields rows [dx_m, dy_m, dz_m, gripper] for a list of goals; the caller executes each before the next.
 
-    def __init__(self, world: World, handlings: list[Handling], random: np.random.Generator, style: Style) -> None:
+    The way comes from the twin's expert; aims, pauses and mistakes are this class's.
+    """
+
+    def __init__(self, world: World, goals: tuple[Goal, ...], random: np.random.Generator, style: Style) -> None:
         """Start at the arm's present pose with the gripper open."""
         self._world = world
-        self._handlings = handlings
+        self._goals = goals
         self._random = random
         self._style = style
-        self._gripper = 1.0
+        self._open = True
         self.goal_m: Array = np.array(world.ee_pose().position_m, dtype=np.float64)
 
     def rows(self) -> Iterator[Row]:
         """Yield the whole demonstration, ending with one row at rest."""
-        for handling in self._handlings:
-            yield from self._take(handling.object)
-            yield from self._to_height(CARRY_Z_M + self._random.uniform(-0.005, 0.005))
-            if handling.target is not None:
-                yield from self._put(handling.target)
+        for goal in self._goals:
+            yield from self._aim(Skill("move", goal.object))
+            if self._random.random() < self._style.miss:
+                yield from self._miss()
+            yield from self._skill(Skill("grasp", goal.object))
+            yield from self._skill(Skill("lift", goal.object))
+            if goal.target is not None:
+                yield from self._aim(Skill("carry", goal.object, goal.target))
+                yield from self._skill(Skill("lower", goal.object, goal.target))
+                yield from self._release(Skill("release", goal.object, goal.target))
         yield self._row(np.zeros(3))
 
-    def _take(self, name: str) -> Iterator[Row]:
-        yield from self._above(name, HOVER_M)
-        if self._random.random() < self._style.miss:
-            yield from self._to_height(self._position(name)[2] + self._random.uniform(0.03, 0.05))
-            yield from self._grip(0.0)
-            rises = self._random.random() < 0.5
-            yield from self._open(before_rising=rises)
-            if rises:
-                yield from self._above(name, HOVER_M)
-        yield from self._descend(name, GRASP_Z_M)
-        yield from self._grip(0.0)
+    def _skill(self, skill: Skill) -> Iterator[Row]:
+        yield from self._along(self._way(skill))
 
-    def _put(self, target: str) -> Iterator[Row]:
-        offset = self._random.normal(0.0, 0.008, 2)
-        goal = self._position(target)[:2] + offset
-        if self._random.random() < self._style.misjudge:
-            aim = goal + self._random.normal(0.0, self._style.aim_m, 2)
-            yield from self._to(np.array([*aim, self.goal_m[2]]))
-            yield from self._look()
-        yield from self._to(np.array([*goal, self.goal_m[2]]))
-        yield from self._to_height(PLACE_Z_M)
-        yield from self._open(before_rising=True)
-        yield from self._to_height(self.goal_m[2] + RETREAT_M + self._random.uniform(-0.005, 0.005))
-
-    def _above(self, name: str, height_m: float) -> Iterator[Row]:
-        hover = self._position(name)[2] + height_m + self._random.uniform(-0.004, 0.004)
-        if self._random.random() < self._style.misjudge:
-            aim = self._position(name)[:2] + self._random.normal(0.0, self._style.aim_m, 2)
-            yield from self._to(np.array([*aim, hover + self._random.uniform(0.0, 0.02)]))
-            yield from self._look()
-        yield from self._to(np.array([*self._position(name)[:2], hover]))
-
-    def _descend(self, name: str, height_m: float) -> Iterator[Row]:
-        yield from self._to(np.array([*self._position(name)[:2], height_m]))
-
-    def _to_height(self, height_m: float) -> Iterator[Row]:
-        yield from self._to(np.array([self.goal_m[0], self.goal_m[1], height_m]))
-
-    def _to(self, target_m: Array) -> Iterator[Row]:
-        while True:
-            left = target_m - self.goal_m
-            distance = float(np.linalg.norm(left))
-            if distance < _ARRIVED_M:
-                return
-            speed = self._style.speed_m * (1.0 + self._random.normal(0.0, self._style.jitter))
-            yield self._row(left * min(1.0, speed / distance))
-
-    def _grip(self, gripper: float) -> Iterator[Row]:
-        self._gripper = gripper
-        for _ in range(3):
-            yield self._row(np.zeros(3))
-
-    def _open(self, before_rising: bool) -> Iterator[Row]:
-        """Open with a slight motion against the one that follows: a hand does, and merging rows (B.2) then keeps the
-        opening apart. Merged with the retreat it would be executed after it: a row translates before it grips.
+    def _way(self, skill: Skill) -> list[Waypoint]:
+        """The expert's way, with what it takes from the measured pose moved to the commanded one: the last millimetre
+        that an arm lags behind is no part of what the demonstrator means.
         """
-        self._gripper = 1.0
-        for _ in range(3):
-            yield self._row(np.array([0.0, 0.0, -0.001 if before_rising else 0.001]))
+        lag = self.goal_m - np.array(self._world.ee_pose().position_m)
+        way = waypoints(self._world, skill)
+        if skill.kind in ("move", "grasp"):
+            return way
+        if skill.kind == "carry":
+            x, y, z = way[0].position_m
+            return [Waypoint((x, y, max(float(self.goal_m[2]), z + float(lag[2]))), False)]
+        lag[2] *= skill.kind != "lower"
+        return [_moved([point], lag)[0] for point in way]
 
-    def _look(self) -> Iterator[Row]:
-        """Pause, as somebody who sees that the aim was wrong."""
-        for _ in range(2):
-            yield self._row(np.zeros(3))
+    def _aim(self, skill: Skill) -> Iterator[Row]:
+        """Go over the object or place, perhaps to a wrong spot first, which is seen and corrected."""
+        if self._random.random() < self._style.misjudge:
+            offset = [*self._disc(_SEEN_M, self._style.aim_m), self._random.uniform(0.0, 0.015)]
+            yield from self._along(_moved(self._way(skill), np.array(offset)))
+            for _ in range(_PAUSE_ROWS):
+                yield self._row(np.zeros(3))
+        offset = [*self._disc(0.0, self._style.residual_m), 0.0]
+        yield from self._along(_moved(self._way(skill), np.array(offset)))
+
+    def _disc(self, least_m: float, most_m: float) -> list[float]:
+        angle, radius = self._random.uniform(0.0, 2 * np.pi), self._random.uniform(least_m, most_m)
+        return [float(radius * np.cos(angle)), float(radius * np.sin(angle))]
+
+    def _miss(self) -> Iterator[Row]:
+        """Close too high, or beside the object, and open again right there."""
+        x, y = (float(value) for value in self.goal_m[:2])
+        too_high = self._random.random() < 0.5
+        if too_high:
+            place = (x, y, float(self._random.uniform(0.040, 0.055)))
+        else:
+            dx, dy = self._disc(0.05, 0.06)
+            beside = (x + dx, y + dy)
+            yield from self._along([Waypoint((*beside, HOVER_M), True)])
+            place = (*beside, GRASP_M)
+        yield from self._along([Waypoint(place, True), Waypoint(place, False)])
+        yield from self._opened(rising_next=not too_high)
+
+    def _release(self, skill: Skill) -> Iterator[Row]:
+        yield from self._opened(rising_next=True)
+        yield from self._along(self._way(skill)[1:])
+
+    def _opened(self, rising_next: bool) -> Iterator[Row]:
+        """Open with a slight motion against the one that follows, as a hand does: merging rows (B.2) then keeps the
+        opening apart. Merged with what follows it would be executed after it, for a row translates before it grips.
+        """
+        self._open = True
+        for _ in range(_GRIP_ROWS):
+            yield self._row(np.array([0.0, 0.0, -_NUDGE_M if rising_next else _NUDGE_M]))
+
+    def _along(self, way: list[Waypoint]) -> Iterator[Row]:
+        was_open = self._open
+        for step, gripper in rows_for(self.goal_m, way, was_open, self._style.speed_m):
+            changed = (gripper > 0.5) != self._open
+            self._open = gripper > 0.5
+            for _ in range(_GRIP_ROWS if changed else 1):
+                yield self._row(step)
 
     def _row(self, step_m: Array) -> Row:
         rounded = np.round(step_m, 4) + 0.0
         self.goal_m = self.goal_m + rounded
-        return [float(rounded[0]), float(rounded[1]), float(rounded[2]), self._gripper]
+        return [float(rounded[0]), float(rounded[1]), float(rounded[2]), float(self._open)]
 
-    def _position(self, name: str) -> Array:
-        return np.array(self._world.object_pose(name)[0], dtype=np.float64)
+
+def _moved(way: list[Waypoint], offset_m: Array) -> list[Waypoint]:
+    """The same way with its last waypoint displaced, metres."""
+    last = np.asarray(way[-1].position_m) + offset_m
+    return [*way[:-1], Waypoint((float(last[0]), float(last[1]), float(last[2])), way[-1].open)]
 
 
 def execute(world: World, goal_m: Array, gripper: float) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vlm2vla_schema.images import encode_jpeg
-from vlm2vla_training.demo_scenes import DemoTask, demo_task
+from vlm2vla_training.demo_scenes import SUITES, DemoTask, demo_task
 from vlm2vla_training.demonstrator import STEP_S, Demonstrator, Style, execute
 from vlm2vla_training.episodes.base import Episode
 from vlm2vla_training.episodes.parquet import EpisodeWriter
@@ -60,7 +60,7 @@ class Demo:
 def run_demos(args: argparse.Namespace) -> int:
     """`demos`: record; resumes behind the last whole part."""
     started = time.monotonic()
-    style = Style(speed_m=args.speed_m, jitter=args.jitter, aim_m=args.aim_m, misjudge=args.misjudge, miss=args.miss)
+    style = Style(args.speed_m, args.aim_m, args.misjudge, args.residual_m, args.miss)
     jobs = [
         Job(suite, seed, args.mode, args.width, args.height, style)
         for suite in args.suite
@@ -108,7 +108,7 @@ def _recorded(jobs: list[Job], workers: int) -> Iterator[Demo | None]:
 def record(job: Job) -> Demo | None:
     """Record one demonstration; None when the arm could not reach a goal or the run took too long."""
     task = demo_task(job.suite, job.seed, job.mode)
-    random = np.random.default_rng([job.seed, 7])
+    random = np.random.default_rng([job.seed, sorted(SUITES).index(job.suite), 1])
     try:
         world = World(task.spec)
         camera = Camera(world, job.width, job.height)
@@ -118,7 +118,7 @@ def record(job: Job) -> Demo | None:
 
 
 def _run(job: Job, task: DemoTask, world: World, camera: Camera, random: np.random.Generator) -> Demo | None:
-    demonstrator = Demonstrator(world, list(task.handlings), random, job.style)
+    demonstrator = Demonstrator(world, task.goals, random, job.style)
     images: list[bytes] = []
     actions: list[list[float]] = []
     states: list[list[float]] = []
@@ -150,12 +150,12 @@ def _state(world: World) -> list[float]:
 
 def succeeded(world: World, task: DemoTask) -> bool:
     """Judge by physics: lifted objects hang 5 cm above rest in the gripper, placed ones lie in their target, let go."""
-    for handling in task.handlings:
-        if handling.target is None:
-            start = task.spec.object(handling.object).position_m[2]
-            height = float(world.object_pose(handling.object)[0][2])
-            if not world.grasped(handling.object) or height < start + _LIFTED_M:
+    for goal in task.goals:
+        if goal.target is None:
+            start = task.spec.object(goal.object).position_m[2]
+            height = float(world.object_pose(goal.object)[0][2])
+            if not world.grasped(goal.object) or height < start + _LIFTED_M:
                 return False
-        elif world.touching(handling.object) or not world.inside(handling.object, handling.target):
+        elif world.touching(goal.object) or not world.inside(goal.object, goal.target):
             return False
     return True

@@ -19,14 +19,16 @@ from vlm2vla_training.episodes.base import Episode, binary_gripper
 from vlm2vla_training.errors import DataError
 
 # Sideways motion counts this many times against height; the rest must be at least so much to be a descent or ascent.
-_SIDEWAYS_COST = 3.0
+_SIDEWAYS_COST = 1.0
 _VERTICAL_MIN_M = 0.015
+# The first row of a descent goes down by at least this.
+_DESCENDING_M = 0.002
 # Net motion below this after a gripper event is waiting for the fingers.
 _STILL_M = 0.006
 # A hold that never gets farther than this is a failed grasp, not a transport.
 _RETRY_TRAVEL_M = 0.03
 # Only the last part of a long vertical descent is the grasp: what comes before brings the gripper above the object.
-_GRASP_DESCENT_M = 0.085
+_GRASP_DESCENT_M = 0.065
 # This many rows at rest, then motion in another direction: the aim was wrong and is corrected.
 _PAUSE_ROWS = 2
 _REST_M = 0.0005
@@ -197,6 +199,8 @@ def _descent_start(motion: NDArray[np.float64], begin: int, end: int, longest_m:
     score = lost - _SIDEWAYS_COST * np.linalg.norm(suffix[:, :2], axis=1)
     score[lost > longest_m] = -np.inf
     best = int(np.argmax(score))
+    while best + 1 < end - begin and motion[begin + best, 2] > -_DESCENDING_M:
+        best += 1
     return begin + best if score[best] >= _VERTICAL_MIN_M else end
 
 
