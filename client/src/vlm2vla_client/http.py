@@ -30,6 +30,8 @@ from vlm2vla_schema.images import to_base64
 
 CONNECT_TIMEOUT_S = 3.0
 GRACE_S = 2.0  # the server answers "deadline_exceeded" itself; this long after, the client stops waiting for it
+READY_TIMEOUT_S = 5.0
+READY_POLL_S = 0.5
 MAX_BODY_BYTES = 4 << 20
 MAX_DEADLINE_S = 600.0
 
@@ -169,6 +171,22 @@ class ServerConnection:
                         yield _parse(line, "a line of the stream")
             if rest.strip():
                 raise ServerUnreachableError("the connection ended inside a line", code="stream_cut")
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Returns when ``/readyz`` says 200: a server that is still loading its model is worth waiting for.
+
+        Raises:
+            PolicyError: nobody answers (at once), or the server is still not ready after ``timeout_s``.
+        """
+        ends_s = time.monotonic() + timeout_s
+        while True:
+            try:
+                self.get("/readyz", READY_TIMEOUT_S)
+                return
+            except ServerBusyError:
+                if time.monotonic() > ends_s:
+                    raise
+            time.sleep(READY_POLL_S)
 
     def healthy(self, timeout_s: float) -> bool:
         """True when ``/healthz`` answers 200 in time. Never raises."""

@@ -45,6 +45,7 @@ from vlm2vla_twin.tasks import Judge
 
 SWAPPED_SEED_SHIFT = 7919
 REST_BEFORE_JUDGING_S = 1.5
+READY_WAIT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,10 @@ def run_in_twin(request: SimRequest, folder: Path, progress: Progress) -> Episod
     bench = SimBench.open(request.choice, request.limits, request.realtime)
     try:
         policy, verifier = make_policy(request, bench.world), make_verifier(request, bench)
+        asks_server = "server" in request.verifiers or request.policy in ("server", "swapped")
+        if request.connection is not None and asks_server:
+            progress.waiting("waiting for the server")
+            request.connection.wait_ready(READY_WAIT_S)
         return run_parts(request, bench, policy, verifier, folder, progress)
     finally:
         bench.close()
