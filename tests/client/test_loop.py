@@ -368,7 +368,7 @@ def test_physics_decides_success_where_there_is_a_judge(folder: Path) -> None:
 
     result = Bench(folder, ScriptedPolicy(["Lift"], [ROWS]), ScriptedVerifier([True]), judge=judge).run()
     assert (result.exit_code, result.verified, result.success) == (0, True, False)
-    assert result.physics == {"score": 1, "max_score": 2, "success": False} and seen == ["move down"]
+    assert result.physics == {"score": 1, "max_score": 2, "success": False} and seen == ["Lift\nmove down"]
 
 
 def test_the_recording_tells_the_whole_story(folder: Path) -> None:

@@ -346,8 +346,9 @@ class _Episode:
 
     def _finish(self, exit_code: int, outcome: str, message: str) -> EpisodeResult:
         parts = self.parts
-        counts = parts.moves.counts
-        physics = parts.judge(" ".join(self.plans)) if parts.judge is not None else None
+        counts, stages = parts.moves.counts, parts.policy.info().stages
+        words = "\n".join([*(self.subtasks if "subtasks" in stages else []), *self.plans])
+        physics = parts.judge(words) if parts.judge is not None else None
         verified = outcome == "verified"
         result = EpisodeResult(
             exit_code=exit_code,

@@ -46,7 +46,9 @@ def choose_scene(
     if scene is not None and scene != KITCHEN and scene not in SUITES:
         raise ConfigurationError(f"unknown scene {scene!r}; known are {', '.join([KITCHEN, *SUITES])}")
     place = scene if scene is not None else matched.name if matched is not None else KITCHEN
-    spec = kitchen_scene(seed) if place == KITCHEN else SUITES[place].scene(seed, mode)
+    # The matched suite, not the table's: an instruction that names a card fixes that card in the scene.
+    suite = matched if matched is not None and matched.name == place else SUITES.get(place)
+    spec = suite.scene(seed, mode) if suite is not None else kitchen_scene(seed)
     default: Scenario = matched.scenario if matched is not None else "out_of_distribution"
     return SceneChoice(place, spec, scenario or default, matched, seed)
 

@@ -172,15 +172,16 @@ def make_verifier(request: SimRequest, bench: SimBench) -> Verifier:
 
 
 def make_judge(choice: SceneChoice, bench: SimBench, planning: bool) -> Callable[[str], dict[str, Any]] | None:
-    """Watches the physics from now on; called at the end with the words of the plans, it gives the score."""
-    if choice.suite is None:
+    """Watches the physics from now on; called at the end with the policy's words, it gives the score."""
+    suite = choice.suite
+    if suite is None:
         return None
-    judge = Judge(bench.world, choice.suite)
+    judge = Judge(bench.world, suite)
     bench.clock.on_advance.append(judge.observe)
 
-    def score(plans: str) -> dict[str, Any]:
+    def score(words: str) -> dict[str, Any]:
         bench.clock.sleep_s(REST_BEFORE_JUDGING_S)  # success asks for a second of rest
-        return {"suite": choice.name, **plain(judge.score(plans, planning))}
+        return {"suite": suite.name, **plain(judge.score(words or None, planning))}
 
     return score
 
