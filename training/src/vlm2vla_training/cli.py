@@ -179,7 +179,9 @@ def _add_export(commands: Commands[argparse.ArgumentParser]) -> None:
     command.add_argument("--licence", default=None, help="default: the base model's")
     command.add_argument("--metrics", type=Path, default=None, help="JSON file with measured results for the card")
     command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the stored weights")
+    command.add_argument("--base", type=Path, default=None, help="base model folder, when it has moved since")
     command.add_argument("--references", type=int, default=0, help="examples whose log-probabilities go into the card")
+    command.add_argument("--examples", type=Path, default=None, help="folder of curate for --references")
 
 
 if __name__ == "__main__":

@@ -139,6 +139,7 @@ def run_curate(args: argparse.Namespace) -> int:
         **counts.to_json(),
         "options": {**vars(options), "image_size_px": args.image_size},
         "annotators": sorted({episode.annotator for episode in annotated.values()}),
+        "sources": sorted(dataset.sources()),
         "data_hash": sha256_of_files(sorted(args.out.glob("part-*.parquet"))),
     }
     write_card(args.out, summary, dataset.sources())

@@ -145,6 +145,7 @@ def run_settings(args: argparse.Namespace, preset: Preset, base: ModelCard) -> d
         "base_path": str(args.base),
         "base_hash": base.base_hash,
         "variant": variants.pop(),
+        "sources": sorted({name for summary in summaries for name in summary.get("sources", [])}),
         "plan_source": summaries[0]["options"]["plan_source"],
         "data_hash": hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
         "full_finetune": bool(args.full_finetune),

@@ -7,6 +7,7 @@ only: `sft` makes tensors of them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,8 +93,8 @@ def encode_all(examples: ExampleSet, encoder: Encoder, max_tokens: int) -> list[
 class Collator:
     """Builds batches from rows {"example": index}: right-padded ids, labels on the answer only, pixel values."""
 
-    def __init__(self, examples: ExampleSet, encoded: list[Tokens], processor: Any) -> None:
-        """Keep what batches are made of."""
+    def __init__(self, examples: ExampleSet, encoded: Sequence[Tokens] | Mapping[int, Tokens], processor: Any) -> None:
+        """Keep what batches are made of; `encoded` is looked up by example number."""
         self._examples = examples
         self._encoded = encoded
         self._pad = int(processor.tokenizer.pad_token_id)

@@ -123,8 +123,13 @@ def prepared_image(data: bytes, size_px: int) -> bytes:
     """Bring an encoded frame to the model's square as lossless PNG; `size_px` 0 keeps the logged bytes."""
     if size_px == 0:
         return data
+    return encode_png(to_model_square(decode_image(data), size_px))
+
+
+def encode_png(rgb: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
+    """Encode uint8 [H, W, 3] without loss."""
     buffer = io.BytesIO()
-    Image.fromarray(to_model_square(decode_image(data), size_px)).save(buffer, "PNG", compress_level=1)
+    Image.fromarray(rgb).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 
