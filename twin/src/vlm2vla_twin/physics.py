@@ -236,12 +236,15 @@ class World:
                     pads.add(pad)
         return len(pads) == 2
 
+    def touches(self, name: str, other: str) -> bool:
+        """Whether an object touches another one, or the ``counter``."""
+        below = {self._counter} if other == "counter" else set(self._geoms(other))
+        mine = set(self._geoms(name))
+        return any((a in mine and b in below) or (b in mine and a in below) for a, b in self._touching_geoms())
+
     def resting_on(self, name: str, support: str) -> bool:
         """Whether ``name`` touches ``support`` (an object, or ``counter``) and is not touched by the gripper."""
-        below = {self._counter} if support == "counter" else set(self._geoms(support))
-        mine = set(self._geoms(name))
-        touches = any((a in mine and b in below) or (b in mine and a in below) for a, b in self._touching_geoms())
-        return touches and not self.touching(name)
+        return self.touches(name, support) and not self.touching(name)
 
     def inside(self, name: str, target: str) -> bool:
         """Whether the centre of ``name`` lies over ``target`` (``plate``, ``pan``) or over a card."""

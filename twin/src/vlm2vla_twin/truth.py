@@ -6,9 +6,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from vlm2vla_schema.types import Verdict
 
 from vlm2vla_twin.physics import World
 from vlm2vla_twin.scene import CARDS, COUNTER_Z_M, KINDS
+from vlm2vla_twin.skills import Skill, parse_subtask, title
 
 Point = tuple[float, float, float]
 
@@ -98,3 +100,55 @@ def project(world: World, position_m: Point) -> tuple[float, float]:
 
 def _point(values: Any) -> Point:
     return (float(values[0]), float(values[1]), float(values[2]))
+
+
+# How near counts as there, for the simulator's verifier.
+ALIGNED_M = 0.011
+HOVER_RANGE_M = (0.035, 0.105)
+LIFTED_M = 0.05
+OVER_TARGET_M = 0.035
+LOWERED_M = 0.020
+
+
+def subtask_done(world: World, before: Truth, subtask: str, next_subtask: str | None) -> Verdict:
+    """The simulator's own verdict on a subtask, by D.5's rule that a precondition must hold for the next one.
+
+    Args:
+        world: as it stands after the chunk.
+        before: the truth when the chunk's picture was taken.
+        subtask, next_subtask: l_i and l_{i+1}, in any wording that names a known thing and verb.
+
+    Returns:
+        A verdict of high confidence; a subtask that cannot be read is a failure.
+    """
+    skill = parse_subtask(subtask)
+    if skill is None or skill.object not in world.object_names():
+        return Verdict(False, "High", "The subtask names nothing in this scene.")
+    problem = _problem(world, before, skill)
+    return Verdict(problem is None, "High", problem or f"'{title(skill)}' is done.")
+
+
+def _problem(world: World, before: Truth, skill: Skill) -> str | None:
+    """What is missing for the skill to count as done; None when nothing is."""
+    gripper, centre = world.ee_pose().position_m, world.object_pose(skill.object)[0]
+    if skill.kind == "move":
+        if world.gripper_fraction() < 0.8:
+            return "The gripper is not open."
+        if np.hypot(*(gripper[:2] - centre[:2])) > ALIGNED_M:
+            return f"The gripper is not centered above the {skill.object}."
+        return None if HOVER_RANGE_M[0] <= gripper[2] <= HOVER_RANGE_M[1] else "The gripper is at the wrong height."
+    if skill.kind == "grasp":
+        return None if world.grasped(skill.object) else f"The {skill.object} is not in the gripper."
+    if skill.kind == "lift":
+        high = centre[2] >= COUNTER_Z_M + KINDS[skill.object].rest_z_m + LIFTED_M
+        return None if world.grasped(skill.object) and high else f"The {skill.object} is not lifted."
+    if skill.kind == "carry" and skill.target in world.object_names():
+        over = np.hypot(*(centre[:2] - world.object_pose(skill.target)[0][:2])) <= OVER_TARGET_M
+        return None if world.grasped(skill.object) and over else f"The {skill.object} is not over the {skill.target}."
+    if skill.kind == "lower":
+        low = centre[2] <= COUNTER_Z_M + KINDS[skill.object].rest_z_m + LOWERED_M
+        return None if low else f"The {skill.object} is still high above what it should rest on."
+    if skill.kind == "release":
+        return None if not world.touching(skill.object) else f"The gripper still touches the {skill.object}."
+    return "The subtask's place is not in this scene."
+

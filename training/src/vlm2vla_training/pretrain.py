@@ -1,0 +1,354 @@
+"""The twin's base model: a small Gemma-3 trained from nothing on pictures of the twin and questions about them.
+
+Three pieces stand here in the order in which they run: the model, the batches, the training loop. Besides the language loss, two
+linear heads on the vision tower's patches say which things a patch shows and where those stand; they give the tower something to
+learn before the language model can read it, and are thrown away at the end. No robot action is in this data (twin.md, "Model").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Processor, PreTrainedTokenizerFast
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from vlm2vla_schema.prompts import PROMPT_VERSIONS
+from vlm2vla_schema.types import ModelCard
+from vlm2vla_twin.scene import CARDS, KINDS
+from vlm2vla_twin.truth import Truth
+
+from vlm2vla_training import pretrain_data
+from vlm2vla_training.pretrain_data import IMAGE_SIZE
+from vlm2vla_training.twin_tokenizer import build_tokenizer
+
+PATCHES = IMAGE_SIZE // 14
+IMAGE_TOKENS = PATCHES * PATCHES
+THINGS = ("gripper", *KINDS, *(f"card {name}" for name in CARDS))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one pre-training run does; stored beside the model."""
+
+    tower_steps: int = 1500
+    tower_batch: int = 64
+    steps: int = 1800
+    batch: int = 24
+    turns: int = 5
+    learning_rate: float = 1.5e-3
+    warmup: int = 100
+    weight_decay: float = 0.02
+    two_pictures: float = 0.06
+    text_only: float = 0.04
+    dense_weight: float = 1.0
+    seed: int = 0
+    threads: int = 2
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+def config_for(tokenizer: PreTrainedTokenizerFast) -> Gemma3Config:
+    """The Gemma-3 architecture at twin size: some 3 million parameters, 112x112 pictures, 64 image tokens."""
+    width, ids = 128, tokenizer.convert_tokens_to_ids
+    text = {
+        "vocab_size": -(-len(tokenizer) // 64) * 64, "hidden_size": width, "intermediate_size": 384, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "query_pre_attn_scalar": 32,
+        "sliding_window": 1024, "max_position_embeddings": 4096, "bos_token_id": ids("<bos>"), "eos_token_id": ids("<eos>"),
+        "pad_token_id": ids("<pad>"), "tie_word_embeddings": True,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": width, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "image_size": IMAGE_SIZE, "patch_size": 14,
+    }  # fmt: skip
+    return Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=IMAGE_TOKENS, boi_token_index=ids("<start_of_image>"),
+        eoi_token_index=ids("<end_of_image>"), image_token_index=ids("<image_soft_token>"),
+        eos_token_id=[ids("<eos>"), ids("<end_of_turn>")], bos_token_id=ids("<bos>"), pad_token_id=ids("<pad>"),
+        tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Gemma3ForConditionalGeneration:
+    """Random weights; the multimodal projection leaves its zero initialisation, or pictures could never be seen."""
+    torch.manual_seed(seed)
+    model = Gemma3ForConditionalGeneration(config_for(tokenizer))
+    projector = model.model.multi_modal_projector
+    nn.init.normal_(projector.mm_input_projection_weight, std=0.06)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight.shape[0] != model.config.text_config.vocab_size:
+            nn.init.normal_(module.weight, std=0.06)
+    nn.init.normal_(model.model.vision_tower.get_input_embeddings().weight, std=0.04)
+    nn.init.normal_(model.get_input_embeddings().weight, std=0.06)
+    generation: Any = model.generation_config
+    generation.eos_token_id = model.config.eos_token_id
+    generation.bos_token_id, generation.pad_token_id = model.config.bos_token_id, model.config.pad_token_id
+    return model
+
+
+def build_processor(tokenizer: PreTrainedTokenizerFast) -> Gemma3Processor:
+    """Gemma's processor at twin size: squash to 112x112, mean and deviation one half, pan-and-scan off."""
+    image = Gemma3ImageProcessorPil(
+        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=1,
+        do_pan_and_scan=False, image_seq_length=IMAGE_TOKENS,
+    )  # fmt: skip
+    return Gemma3Processor(image, tokenizer, chat_template=tokenizer.chat_template, image_seq_length=IMAGE_TOKENS)
+
+
+def save_base(
+    model: Gemma3ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path, training: dict[str, Any],
+    metrics: dict[str, Any],
+) -> None:  # fmt: skip
+    """Write the base as a Hugging Face folder in bfloat16, with its processor and model card."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = model.dtype
+    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(dtype)
+    build_processor(tokenizer).save_pretrained(folder)
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    ModelCard(
+        name="twin-base", base_model="twin-base", base_hash=digest, adapter_scope="none", adapted_modules=0,
+        representation="text", digit_map=None, stages=["subtasks", "motion_plan", "actions"], image_size=IMAGE_SIZE,
+        prompt_versions=dict(PROMPT_VERSIONS), policy=False, reference_logprobs=None, data_hash=None, training=training,
+        metrics=metrics, licence="Apache-2.0",
+    ).write(folder)  # fmt: skip
+
+
+def write_random_base(folder: Path, seed: int = 0) -> None:
+    """A servable base with random weights: for tests, and as the floor that a trained model is measured against."""
+    tokenizer = build_tokenizer()
+    save_base(build_model(tokenizer, seed), tokenizer, folder, {"steps": 0, "seed": seed}, {})
+
+
+# --- the batches ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stills:
+    """Pictures uint8 [N, 112, 112, 3], what is true of each, and where each of K things shows and stands.
+
+    ``pixels`` [N, K, 2] are fractions of width and height, NaN for a thing that is not there; ``where`` [N, K, 3] is in decimetres.
+    """
+
+    pictures: NDArray[np.uint8]
+    truths: list[Truth]
+    pixels: NDArray[np.float32]
+    where: NDArray[np.float32]
+
+    @classmethod
+    def load(cls, folder: Path, most: int | None = None) -> Stills:
+        """Read the shards that :func:`pretrain_data.render` wrote, in order."""
+        pictures, truths, count = [], [], 0
+        for path in sorted(folder.glob("stills-*[0-9].npz")):
+            with np.load(path) as shard:
+                pictures.append(shard["pictures"])
+                truths += [Truth.from_dict(json.loads(str(text))) for text in shard["truths"]]
+            count += len(pictures[-1])
+            if most is not None and count >= most:
+                break
+        if not pictures:
+            raise FileNotFoundError(f"no stills-*.npz in {folder}: run `vlm2vla-train pretrain --render` first")
+        pixels = np.full((count, len(THINGS), 2), np.nan, dtype=np.float32)
+        where = np.zeros((count, len(THINGS), 3), dtype=np.float32)
+        for index, truth in enumerate(truths):
+            for name, place in truth.pixels.items():
+                slot = THINGS.index(name)
+                pixels[index, slot] = place
+                where[index, slot] = np.asarray(truth.position(name.removeprefix("card "))) * 10.0
+        return cls(np.concatenate(pictures), truths, pixels, where)
+
+    class DenseHeads(nn.Module):
+    """Two linear readings of every patch of the vision tower: which things it shows and where they stand."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.here = nn.Linear(width, len(THINGS))
+        self.where = nn.Linear(width, len(THINGS) * 3)
+
+    def forward(self, patches: Tensor, here: Tensor, where: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Losses of presence and position, and the mean position error in centimetres where a thing is."""
+        presence = nn.functional.binary_cross_entropy_with_logits(
+            self.here(patches), here, pos_weight=torch.tensor(8.0)
+        )
+        guess = self.where(patches).view(*here.shape, 3)
+        error = nn.functional.smooth_l1_loss(guess, where.expand_as(guess), reduction="none", beta=0.2).sum(-1)
+        count = here.sum().clamp(min=1.0)
+        distance = ((guess - where)[..., :2].norm(dim=-1) * here).sum() / count
+        return presence, (error * here).sum() / count, float(distance.detach()) * 10.0
+
+
+# --- the training loop ------------------------------------------------------------------------------------------------
+
+
+def train(stills: Stills, held_out: Stills, out: Path, settings: Settings) -> dict[str, Any]:
+    """Pre-train and write the base to ``out/base``; resumes from ``out/state.pt`` where a run stopped. Blocks for an hour.
+
+    First the tower alone learns to see, then the whole model learns to speak about what it sees.
+
+    Returns:
+        the metrics that also go into the model card.
+    """
+    torch.set_num_threads(settings.threads)
+    run = Run(stills, out, settings)
+    began, log = time.monotonic(), (out / "log.jsonl").open("a")
+    total = settings.tower_steps + settings.steps
+    for step in range(run.start, total):
+        run.set_learning_rates(step)
+        line = run.see(step) if step < settings.tower_steps else run.speak(step - settings.tower_steps)
+        if step % 50 == 0 or step == total - 1:
+            line = {"step": step, **line, "seconds": round(time.monotonic() - began, 1)}
+            if step % 500 == 0 and step > settings.tower_steps:
+                line |= offset_errors(run.model, run.tokenizer, held_out)
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            print(line, flush=True)
+        if step % 250 == 249 or step == total - 1:
+            run.save(step + 1)
+    metrics = offset_errors(run.model, run.tokenizer, held_out, most=400)
+    save_base(run.model, run.tokenizer, out / "base", {**asdict(settings), "stills": len(stills.truths)}, metrics)
+    return metrics
+
+
+class Run:
+    """Model, heads, optimizer and data of one pre-training run, and the two kinds of step it takes."""
+
+    def __init__(self, stills: Stills, out: Path, settings: Settings) -> None:
+        torch.manual_seed(settings.seed)
+        out.mkdir(parents=True, exist_ok=True)
+        self.stills, self.settings, self.state = stills, settings, out / "state.pt"
+        self.tokenizer = build_tokenizer()
+        self.model = build_model(self.tokenizer, settings.seed).train()
+        self.tower = self.model.model.vision_tower
+        self.heads = DenseHeads(int(self.model.config.vision_config.hidden_size))
+        self.batcher = Batcher(stills, self.tokenizer, settings)
+        self._patches: list[Tensor] = []
+        self.tower.register_forward_hook(lambda module, args, output: self._patches.append(output.last_hidden_state))
+        seeing = [*self.tower.parameters(), *self.heads.parameters()]
+        known = {id(parameter) for parameter in seeing}
+        speaking = [parameter for parameter in self.model.parameters() if id(parameter) not in known]
+        self.parameters = [*seeing, *speaking]
+        groups = [
+            {"params": [p for p in part if (p.dim() > 1) == decayed], "weight_decay": settings.weight_decay * decayed, "name": name}
+            for name, part in (("seeing", seeing), ("speaking", speaking))
+            for decayed in (True, False)
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
+        self.start = 0
+        if self.state.exists():
+            saved = torch.load(self.state, weights_only=True)
+            self.model.load_state_dict(saved["model"])
+            self.heads.load_state_dict(saved["heads"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.start = int(saved["step"])
+
+    def set_learning_rates(self, step: int) -> None:
+        """Warm-up and cosine over the whole run for the tower, over its second part for the rest."""
+        settings, spoken = self.settings, step - self.settings.tower_steps
+        for group in self.optimizer.param_groups:
+            if group["name"] == "seeing":
+                share = _schedule(step, settings.warmup, settings.tower_steps + settings.steps)
+            else:
+                share = _schedule(spoken, settings.warmup, settings.steps) if spoken >= 0 else 0.0
+            group["lr"] = settings.learning_rate * share
+
+    def see(self, step: int) -> dict[str, float]:
+        """One step of the tower and the dense heads alone."""
+        rng = np.random.default_rng([13, self.settings.seed, step])
+        picks = rng.integers(len(self.stills.truths), size=self.settings.tower_batch)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            patches = self.tower(to_pixels(self.stills.pictures[picks])).last_hidden_state
+        presence, position, error_cm = self.heads(patches.float(), *self.stills.dense_targets(picks))
+        self._step(presence + position)
+        return {"presence": _number(presence), "position": _number(position), "tower_error_cm": round(error_cm, 2)}
+
+    def speak(self, step: int) -> dict[str, float]:
+        """One step of everything: the language loss and, beside it, the dense ones."""
+        batch = self.batcher.batch(step)
+        self._patches.clear()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = self.model(
+                input_ids=batch.input_ids, attention_mask=(batch.input_ids != self.batcher.pad).long(), labels=batch.labels,
+                pixel_values=batch.pictures, token_type_ids=batch.image_mask.long(), use_cache=False,
+            )  # fmt: skip
+        presence, position, error_cm = self.heads(self._patches[0].float(), *self.stills.dense_targets(batch.picks))
+        self._step(output.loss + self.settings.dense_weight * (presence + position))
+        return {
+            "language": _number(output.loss), "presence": _number(presence), "position": _number(position),
+            "tower_error_cm": round(error_cm, 2),
+        }  # fmt: skip
+
+    def _step(self, loss: Tensor) -> None:
+        self._patches.clear()
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+
+    def save(self, step: int) -> None:
+        """Write the state so that a run killed at any moment resumes from the last whole one."""
+        part = self.state.with_suffix(".part")
+        torch.save(
+            {
+                "model": self.model.state_dict(), "heads": self.heads.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "step": step,
+            },
+            part,
+        )  # fmt: skip
+        part.replace(self.state)
+
+
+def _number(value: Tensor) -> float:
+    return round(float(value.detach()), 4)
+
+
+def _schedule(step: int, warmup: int, steps: int) -> float:
+    """Linear warm-up, then a cosine to 2 % of the peak."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = min((step - warmup) / max(steps - warmup, 1), 1.0)
+    return 0.02 + 0.98 * 0.5 * (1.0 + float(np.cos(np.pi * done)))
+
+
+@torch.no_grad()
+def offset_errors(
+    model: Gemma3ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, stills: Stills, most: int = 96
+) -> dict[str, float]:
+    """Ask for the offset to the point above the carrot on held-out pictures; horizontal errors in millimetres.
+
+    Answers that do not parse count as 300 mm.
+    """
+    batcher = Batcher(stills, tokenizer, Settings())
+    picks = [i for i, truth in enumerate(stills.truths) if "carrot" in truth.objects and truth.held != "carrot"][:most]
+    question = "Offset in metres from the gripper to the point above the carrot?"
+    ids, _ = batcher.chat(1, [(question, "")])
+    prompt = torch.tensor(ids[: -len(tokenizer("<end_of_turn>\n", add_special_tokens=False)["input_ids"])])
+    model.eval()
+    errors = []
+    for first in range(0, len(picks), 48):
+        part = picks[first : first + 48]
+        tokens = prompt.expand(len(part), -1)
+        answers = model.generate(
+            input_ids=tokens, attention_mask=torch.ones_like(tokens), token_type_ids=(tokens == batcher.soft).long(),
+            pixel_values=to_pixels(stills.pictures[part]), max_new_tokens=28, do_sample=False,
+        )  # fmt: skip
+        for index, answer in zip(part, answers[:, tokens.shape[1] :], strict=True):
+            dx, dy, _ = stills.truths[index].offset("carrot")
+            try:
+                guess = json.loads(tokenizer.decode(answer, skip_special_tokens=True))
+                errors.append(1000.0 * float(np.hypot(guess[0] - dx, guess[1] - dy)))
+            except (ValueError, TypeError, IndexError):
+                errors.append(300.0)
+    model.train()
+    return {
+        "offset_median_mm": round(float(np.median(errors)), 1),
+        "offset_within_1cm": round(float(np.mean(np.asarray(errors) <= 10.0)), 3),
+        "offset_within_2cm": round(float(np.mean(np.asarray(errors) <= 20.0)), 3),
+    }

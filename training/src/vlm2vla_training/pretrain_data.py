@@ -1,0 +1,327 @@
+"""Pictures and questions for the twin's base model: vision-language skill, and no robot action anywhere.
+
+A picture is a random still of the toy kitchen; its :class:`~vlm2vla_twin.truth.Truth` answers any number of questions, so the
+text is made afresh in every epoch. Seeds stay below 500,000 (training); the same functions with later seeds give held-out sets.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from vlm2vla_schema import images, prompts
+from vlm2vla_schema.directions import NAMES as WORDS
+from vlm2vla_schema.directions import direction_words, join_words
+from vlm2vla_twin.camera import Camera
+from vlm2vla_twin.physics import UnreachableError, World
+from vlm2vla_twin.scene import CARDS, FINGER_OPEN_M, KINDS, CardSpec, ObjectSpec, SceneSpec, resting, vary
+from vlm2vla_twin.truth import Truth, observe
+
+IMAGE_SIZE = 112
+HOVER_M = 0.07
+GRASP_M = 0.010
+GRASPABLE = tuple(name for name, kind in KINDS.items() if kind.graspable)
+
+NAMES: dict[str, tuple[str, str, str, str]] = {
+    "carrot": ("carrot", "zanahoria", "胡萝卜", "गाजर"),
+    "eggplant": ("eggplant", "berenjena", "茄子", "बैंगन"),
+    "banana": ("banana", "plátano", "香蕉", "केला"),
+    "fish": ("fish", "pez", "鱼", "मछली"),
+    "plate": ("yellow plate", "plato amarillo", "黄盘子", "पीली थाली"),
+    "pan": ("pan", "sartén", "平底锅", "कड़ाही"),
+}
+"""English, Spanish, Mandarin, Hindi."""
+COLOURS = {"carrot": "orange", "eggplant": "purple", "banana": "yellow", "fish": "blue", "plate": "yellow", "pan": "black"}
+VERBS = {"pick up": ("pick up the {}", "recoge la {}", "拿起{}", "{} उठाओ"), "where": ("where is the {}?", "¿dónde está {}?", "{}在哪里?", "{} कहाँ है?")}
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def random_scene(seed: int) -> tuple[SceneSpec, str | None]:
+    """A random still: one to six things, up to two cards, the gripper anywhere, sometimes holding what is returned second."""
+    rng = np.random.default_rng([7, seed])
+    chosen: list[str] = []
+    weights = np.array([0.30, 0.18, 0.14, 0.14, 0.14, 0.10])
+    for name in rng.choice(list(KINDS), size=int(rng.integers(1, 7)), replace=False, p=weights):
+        chosen.append(str(name))
+    taken: list[tuple[float, float, float]] = []
+    objects = [spec for name in chosen if (spec := _free_spot(name, rng, taken)) is not None]
+    cards = []
+    for name in rng.choice(CARDS, size=int(rng.choice([0, 1, 2], p=[0.5, 0.2, 0.3])), replace=False):
+        spot = _free_xy(rng, taken, 0.035, (0.17, 0.36))
+        if spot is None:
+            continue
+        cards.append(CardSpec(str(name), spot))
+        above = [i for i, item in enumerate(objects) if item.name in GRASPABLE]
+        if above and rng.random() < 0.7:
+            index = int(rng.choice(above))
+            x, y = spot[0] + float(rng.uniform(0.05, 0.075)), spot[1] + float(rng.uniform(-0.02, 0.02))
+            if all(np.hypot(x - a, y - b) > 0.03 + r for a, b, r in taken if (a, b) != (spot[0], spot[1])):
+                objects[index] = resting(objects[index].name, (x, y), objects[index].yaw_rad)
+                taken.append((x, y, 0.03))
+    gripper, held = _gripper(rng, objects)
+    if held is not None:
+        objects = [ObjectSpec(item.name, gripper, item.yaw_rad) if item.name == held else item for item in objects]
+    spec = SceneSpec(
+        seed, tuple(objects), tuple(cards), start_position_m=gripper,
+        start_gripper_open=held is None and bool(rng.random() < 0.85),
+    )  # fmt: skip
+    return vary(spec, rng, move_start=False), held
+
+
+def _free_xy(
+    rng: np.random.Generator, taken: list[tuple[float, float, float]], radius: float, x_range: tuple[float, float]
+) -> tuple[float, float] | None:
+    for _ in range(20):
+        x, y = float(rng.uniform(*x_range)), float(rng.uniform(-0.19, 0.21))
+        if all(np.hypot(x - a, y - b) > radius + r for a, b, r in taken):
+            taken.append((x, y, radius))
+            return x, y
+    return None
+
+
+def _free_spot(name: str, rng: np.random.Generator, taken: list[tuple[float, float, float]]) -> ObjectSpec | None:
+    radius = {"plate": 0.065, "pan": 0.078}.get(name, 0.028)
+    spot = _free_xy(rng, taken, radius, (0.17, 0.42) if radius < 0.05 else (0.24, 0.42))
+    return None if spot is None else resting(name, spot, float(rng.uniform(0.0, 2 * np.pi)))
+
+
+def _gripper(rng: np.random.Generator, objects: list[ObjectSpec]) -> tuple[tuple[float, float, float], str | None]:
+    """Where the gripper is: at the start pose, anywhere, close above an object, or holding one."""
+    graspable = [item for item in objects if item.name in GRASPABLE]
+    mode = rng.random()
+    if mode < 0.25 or not graspable:
+        x, y, z = np.array([0.30, 0.0, 0.15]) + rng.uniform(-0.015, 0.015, 3)
+    elif mode < 0.50:
+        x, y, z = rng.uniform(0.18, 0.42), rng.uniform(-0.18, 0.19), rng.uniform(0.055, 0.22)
+    elif mode < 0.85:
+        item = graspable[int(rng.integers(len(graspable)))]
+        spread = float(rng.choice([0.008, 0.02, 0.04]))
+        x, y = np.asarray(item.position_m[:2]) + rng.normal(0.0, spread, 2)
+        z = rng.uniform(0.05, 0.10)
+        if spread < 0.01 and rng.random() < 0.3:
+            x, y, z = *item.position_m[:2], rng.uniform(0.008, 0.05)
+    else:
+        item = graspable[int(rng.integers(len(graspable)))]
+        x, y, z = rng.uniform(0.18, 0.42), rng.uniform(-0.18, 0.19), rng.uniform(0.012, 0.20)
+        return (float(x), float(y), float(z)), item.name
+    return (float(np.clip(x, 0.16, 0.43)), float(np.clip(y, -0.20, 0.22)), float(z)), None
+
+
+def still(seed: int) -> tuple[NDArray[np.uint8], Truth] | None:
+    """The picture of one seed, uint8 [112, 112, 3], with its truth; None for an empty counter or an arm out of reach."""
+    spec, held = random_scene(seed)
+    if not spec.objects:
+        return None
+    try:
+        world = World(spec, settle_s=0.0)
+    except UnreachableError:
+        return None
+    if held is not None:
+        width = {"eggplant": 0.022}.get(held, 0.0205 if held != "banana" else 0.019)
+        world.set_arm(spec.start_position_m, gripper_m=width)
+        x, y, z = spec.start_position_m
+        world.place(held, (x, y, z + KINDS[held].rest_z_m - GRASP_M), spec.object(held).yaw_rad)
+    elif spec.start_gripper_open:
+        world.set_arm(spec.start_position_m, gripper_m=FINGER_OPEN_M)
+    truth = observe(world)
+    picture = images.to_model_square(Camera(world).rgb(), IMAGE_SIZE)
+    return picture, Truth(**{**truth.__dict__, "held": held})
+
+
+def _shard(job: tuple[int, int, str]) -> str:
+    first, count, folder = job
+    path = Path(folder) / f"stills-{first:07d}.npz"
+    if not path.exists():
+        kept = [pair for seed in range(first, first + count) if (pair := still(seed)) is not None]
+        part = path.with_suffix(".part.npz")
+        np.savez(
+            part,
+            pictures=np.stack([picture for picture, _ in kept]),
+            truths=np.array([json.dumps(truth.as_dict()) for _, truth in kept]),
+        )
+        part.replace(path)
+    return str(path)
+
+
+def render(folder: Path, first_seed: int, count: int, workers: int = 1, shard: int = 1000) -> Iterator[Path]:
+    """Render stills of seeds ``first_seed ..`` into shards, skipping those that exist; yields each shard's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = [(seed, min(shard, first_seed + count - seed), str(folder)) for seed in range(first_seed, first_seed + count, shard)]
+    if workers <= 1:
+        yield from (Path(_shard(job)) for job in jobs)
+        return
+    with get_context("spawn").Pool(workers) as pool:
+        yield from (Path(path) for path in pool.imap(_shard, jobs))
+
+
+# --- questions --------------------------------------------------------------------------------------------------------
+
+Pair = tuple[str, str]
+
+
+def _centimetres(delta: tuple[float, ...]) -> str:
+    return ", ".join(f"{abs(v) * 100:.1f} cm {w[0] if v >= 0 else w[1]}" for v, w in zip(delta, WORDS, strict=False))
+
+
+def _list_m(delta: tuple[float, ...]) -> str:
+    """Metres to the millimetre, written as numbers are in B.2: at least one decimal, no trailing zeros, no ``-0.0``."""
+    return "[" + ", ".join(str(round(value, 3) + 0.0) for value in delta) + "]"
+
+
+def _thing(name: str, rng: np.random.Generator) -> str:
+    """What to call a thing: mostly English, in small letters or Title Case, sometimes one of the other languages."""
+    english = f"{name} card" if name in CARDS else NAMES[name][0]
+    if name not in CARDS and rng.random() < 0.2:
+        return NAMES[name][int(rng.integers(1, 4))]
+    return english.title() if rng.random() < 0.35 else english
+
+
+def _any(truth: Truth, rng: np.random.Generator) -> str:
+    """A thing in the picture, graspable ones and cards more often than furniture."""
+    things = [*truth.objects, *truth.cards]
+    weights = np.array([1.0 if name in CARDS or not KINDS[name].graspable else 2.0 for name in things])
+    return str(rng.choice(things, p=weights / weights.sum()))
+
+
+def q_offset_cm(truth: Truth, rng: np.random.Generator) -> Pair | None:
+    name = _any(truth, rng)
+    return f"How far is the {_thing(name, rng)} from the gripper?", _centimetres(truth.offset(name))
+
+
+def q_offset_m(truth: Truth, rng: np.random.Generator) -> Pair | None:
+    name = _any(truth, rng)
+    return f"Offset in metres from the gripper to the {_thing(name, rng)}?", _list_m(truth.offset(name))
+
+
+def q_above_m(truth: Truth, rng: np.random.Generator) -> Pair | None:
+    name = _any(truth, rng)
+    dx, dy, _ = truth.offset(name)
+    question = f"Offset in metres from the gripper to the point above the {_thing(name, rng)}?"
+    return question, _list_m((dx, dy, HOVER_M - truth.gripper_m[2]))
+
+
+def q_way(truth: Truth, rng: np.random.Generator) -> Pair | None:
+    name = _any(truth, rng)
+    above = rng.random() < 0.5
+    dx, dy, dz = truth.offset(name)
+    delta = (dx, dy, HOVER_M - truth.gripper_m[2] if above else dz)
+    question = f"Which way is the {'point above the ' if above else ''}{_thing(name, rng)} from the gripper?"
+    return question, join_words(direction_words(delta))
+
+
+def q_where(truth: Truth, rng: np.random.Generator) -> Pair | None:
+    name = _any(truth, rng)
+    return f"Where is the {_thing(name, rng)}?", _centimetres(truth.position(name)[:2])
+
+
+def q_gripper(truth: Truth, rng: np.random.Generator) -> Pair | None:
+    if rng.random() < 0.5:
+        return "Where is the gripper?", _centimetres(truth.gripper_m)
+    return "How high is the gripper?", f"{truth.gripper_m[2] * 100:.1f} cm"
+
+
+def q_held(truth: Truth, rng: np.random.Generator) -> Pair | None:
+    if rng.random() < 0.4:
+        return "Is the gripper open or closed?", "open" if truth.gripper_fraction > 0.8 else "closed"
+    return "What is the gripper holding?", "nothing" if truth.held is None else f"the {NAMES[truth.held][0]}"
+
+
+def q_there(truth: Truth, rng: np.random.Generator) -> Pair | None:
+    name = str(rng.choice([*KINDS, *CARDS]))
+    return f"Is there a {_thing(name, rng)} in the picture?", "yes" if name in truth.objects or name in truth.cards else "no"
+
+
+def q_list(truth: Truth, rng: np.random.Generator) -> Pair | None:
+    names = [NAMES[name][0] for name in KINDS if name in truth.objects] + [f"{n} card" for n in CARDS if n in truth.cards]
+    if rng.random() < 0.4:
+        return "How many objects are on the counter, cards not counted?", str(len(truth.objects))
+    return "What is in the picture?", "a " + ", a ".join(names)
+
+
+def q_compare(truth: Truth, rng: np.random.Generator) -> Pair | None:
+    things = [*truth.objects, *truth.cards]
+    if len(things) < 2:
+        return None
+    one, two = (str(name) for name in rng.choice(things, 2, replace=False))
+    a, b = truth.position(one), truth.position(two)
+    kind = int(rng.integers(3))
+    if kind == 0:
+        return f"Is the {_thing(one, rng)} left of the {_thing(two, rng)}?", "yes" if a[1] > b[1] else "no"
+    if kind == 1:
+        return f"Is the {_thing(one, rng)} further forward than the {_thing(two, rng)}?", "yes" if a[0] > b[0] else "no"
+    g = truth.gripper_m
+    nearer = one if np.hypot(a[0] - g[0], a[1] - g[1]) < np.hypot(b[0] - g[0], b[1] - g[1]) else two
+    label = f"{nearer} card" if nearer in CARDS else NAMES[nearer][0]
+    return f"Which is nearer to the gripper, the {_thing(one, rng)} or the {_thing(two, rng)}?", f"the {label}"
+
+
+def q_colour(truth: Truth, rng: np.random.Generator) -> Pair | None:
+    name = str(rng.choice(list(KINDS)))
+    return f"What colour is the {_thing(name, rng)}?", COLOURS[name]
+
+
+def q_translate(truth: Truth, rng: np.random.Generator) -> Pair | None:
+    name, language = str(rng.choice(list(KINDS))), int(rng.integers(1, 4))
+    if rng.random() < 0.5:
+        return f"What is '{NAMES[name][language]}' in English?", NAMES[name][0]
+    verb = VERBS[str(rng.choice(list(VERBS)))]
+    foreign, english = verb[language].format(NAMES[name][language]), verb[0].format(NAMES[name][0])
+    return f"Translate into English: '{foreign}'", english
+
+
+def q_card(truth: Truth, rng: np.random.Generator) -> Pair | None:
+    if not truth.cards:
+        return None
+    card = str(rng.choice(list(truth.cards)))
+    above = truth.above_card(card)
+    if above is not None and rng.random() < 0.7:
+        return f"Which item is above the {card}?", NAMES[above][0]
+    return "Which pictures lie on the counter?", ", ".join(name for name in CARDS if name in truth.cards)
+
+
+QUESTIONS: tuple[tuple[Callable[[Truth, np.random.Generator], Pair | None], float], ...] = (
+    (q_offset_cm, 1.5), (q_offset_m, 2.0), (q_above_m, 2.5), (q_way, 1.5), (q_where, 1.2), (q_gripper, 1.2), (q_held, 1.0),
+    (q_there, 0.8), (q_list, 0.7), (q_compare, 0.8), (q_colour, 0.3), (q_translate, 0.6), (q_card, 1.0),
+)  # fmt: skip
+
+
+def user_text(rng: np.random.Generator) -> str:
+    """A text without a picture: one of the paper's prompts about some subtask, for the embeddings of their words.
+
+    No answer follows: the base never sees a plan, a subtask list as an answer, or an action.
+    """
+    one, two = (str(name) for name in rng.choice([NAMES[name][0].title() for name in KINDS], 2, replace=False))
+    verb = str(rng.choice(["Move to {a}", "Grasp {a}", "Lift {a}", "Move {a} to {b}", "Lower {a} to {b}", "Release {a}"]))
+    subtask = verb.format(a=one, b=two)
+    kind = int(rng.integers(5))
+    if kind == 0:
+        return prompts.subtasks_prompt(str(rng.choice(["pick up the {}", "put the {} down", "lift the {}"])).format(one.lower()))
+    if kind == 1:
+        return prompts.motion_plan_prompt(subtask)
+    if kind == 2:
+        words = [str(rng.choice(["far ", "slightly ", "very slightly ", ""])) + str(rng.choice(pair)) for pair in WORDS]
+        return prompts.actions_prompt(subtask, f"Move {join_words(words)}, gripper stays {rng.choice(['open', 'closed'])}.")
+    if kind == 3:
+        return prompts.verify_prompt(subtask, f"Grasp {two}" if rng.random() < 0.7 else None)
+    return prompts.completion_prompt(subtask) if rng.random() < 0.5 else prompts.direction_prompt(subtask)
+
+
+def conversation(truth: Truth, rng: np.random.Generator, turns: int = 7) -> list[Pair]:
+    """``turns`` questions about one picture with their answers, in random order and of random kinds.
+
+    Kinds may repeat (about other things); none has a fixed place, so that no answer can lean on an earlier one.
+    """
+    weights = np.array([weight for _, weight in QUESTIONS])
+    pairs: list[Pair] = []
+    while len(pairs) < turns:
+        make = QUESTIONS[int(rng.choice(len(QUESTIONS), p=weights / weights.sum()))][0]
+        pair = make(truth, rng)
+        if pair is not None:
+            pairs.append(pair)
+    return pairs
