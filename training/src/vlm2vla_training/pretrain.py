@@ -27,7 +27,7 @@ from vlm2vla_twin.truth import Truth
 
 from vlm2vla_training import pretrain_data
 from vlm2vla_training.pretrain_data import IMAGE_SIZE
-from vlm2vla_training.twin_tokenizer import build_tokenizer
+from vlm2vla_training.twin_tokenizer import CHAT_TEMPLATE, train_tokenizer
 
 PATCHES = IMAGE_SIZE // 14
 IMAGE_TOKENS = PATCHES * PATCHES
@@ -54,6 +54,17 @@ class Settings:
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """The twin's tokenizer with Gemma's special tokens and chat template, as transformers and vLLM know it."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=train_tokenizer(), bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"},
+        padding_side="left", model_max_length=4096, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
 def config_for(tokenizer: PreTrainedTokenizerFast) -> Gemma3Config:
@@ -165,7 +176,90 @@ class Stills:
                 where[index, slot] = np.asarray(truth.position(name.removeprefix("card "))) * 10.0
         return cls(np.concatenate(pictures), truths, pixels, where)
 
-    class DenseHeads(nn.Module):
+    def dense_targets(self, picks: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Per patch and thing: is it here [B, 64, K], and where does it stand in decimetres [B, 1, K, 3]."""
+        centres = (np.arange(PATCHES) + 0.5) / PATCHES
+        v, u = np.meshgrid(centres, centres, indexing="ij")
+        grid = np.stack([u, v], axis=-1).reshape(1, IMAGE_TOKENS, 1, 2)
+        distance = np.abs(grid - self.pixels[picks][:, None]).max(axis=-1)
+        here = np.nan_to_num(distance, nan=9.0) < 0.085
+        return torch.from_numpy(here.astype(np.float32)), torch.from_numpy(self.where[picks][:, None])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training batch; ``labels`` is -100 wherever no loss falls, ``picks`` number the stills of ``pictures``."""
+
+    input_ids: Tensor
+    image_mask: Tensor
+    labels: Tensor
+    pictures: Tensor
+    picks: NDArray[np.int64]
+
+
+class Batcher:
+    """Turns stills into conversations of token ids, without end and reproducibly from a seed."""
+
+    def __init__(self, stills: Stills, tokenizer: PreTrainedTokenizerFast, settings: Settings) -> None:
+        self._stills, self._settings = stills, settings
+        self._tokenizer = tokenizer
+        self._known: dict[str, list[int]] = {}
+        ids = tokenizer.convert_tokens_to_ids
+        self.pad, self.soft = int(ids("<pad>")), int(ids("<image_soft_token>"))
+        self._picture = self._ids("\n\n<start_of_image>") + [self.soft] * IMAGE_TOKENS + self._ids("<end_of_image>\n\n")
+
+    def _ids(self, text: str) -> list[int]:
+        if text not in self._known:
+            if len(self._known) > 200_000:
+                self._known.clear()
+            self._known[text] = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._known[text]
+
+    def chat(self, pictures: int, pairs: list[pretrain_data.Pair]) -> tuple[list[int], list[int]]:
+        """Token ids and labels of one conversation about ``pictures`` pictures."""
+        ids = self._ids("<bos>") + self._ids("<start_of_turn>user\n") + self._picture * pictures
+        labels = [-100] * len(ids)
+        for index, (question, answer) in enumerate(pairs):
+            head = self._ids("<start_of_turn>user\n") if index else []
+            asked = head + self._ids(question) + self._ids("<end_of_turn>\n<start_of_turn>model\n")
+            told = self._ids(answer) + self._ids("<end_of_turn>")
+            ids += asked + told + self._ids("\n")
+            labels += [-100] * len(asked) + told + [-100]
+        return ids, labels
+
+    def batch(self, step: int) -> Batch:
+        """The batch of one step, a pure function of the settings' seed and ``step``."""
+        rng = np.random.default_rng([11, self._settings.seed, step])
+        rows: list[tuple[list[int], list[int]]] = []
+        chosen: list[int] = []
+        for _ in range(self._settings.batch):
+            draw = rng.random()
+            if draw < self._settings.text_only:
+                ids = self._ids("<bos>") + self._ids("<start_of_turn>user\n") + self._ids(pretrain_data.user_text(rng))
+                ids = ids + self._ids("<end_of_turn>\n")
+                rows.append((ids, [-100, *ids[1:]]))
+                continue
+            two = draw > 1.0 - self._settings.two_pictures
+            picks = [int(i) for i in rng.integers(len(self._stills.truths), size=2 if two else 1)]
+            pairs = pretrain_data.conversation(self._stills.truths[picks[-1]], rng, self._settings.turns)
+            chosen += picks
+            rows.append(self.chat(len(picks), pairs))
+        width = max(len(ids) for ids, _ in rows)
+        ids_ = torch.full((len(rows), width), self.pad)
+        labels_ = torch.full((len(rows), width), -100)
+        for row, (ids, labels) in enumerate(rows):
+            ids_[row, : len(ids)] = torch.tensor(ids)
+            labels_[row, : len(labels)] = torch.tensor(labels)
+        picks_ = np.asarray(chosen)
+        return Batch(ids_, ids_ == self.soft, labels_, to_pixels(self._stills.pictures[picks_]), picks_)
+
+
+def to_pixels(pictures: NDArray[np.uint8]) -> Tensor:
+    """uint8 [N, H, W, 3] to what the tower takes, float [N, 3, H, W] in -1..1."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+
+
+class DenseHeads(nn.Module):
     """Two linear readings of every patch of the vision tower: which things it shows and where they stand."""
 
     def __init__(self, width: int) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 from vlm2vla_schema import prompts
 from vlm2vla_schema.directions import DEGREES, NAMES
 from vlm2vla_twin.physics import UnreachableError, World
@@ -82,7 +81,7 @@ def _corpus() -> Iterator[str]:
     yield from robot_words(400)
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def train_tokenizer() -> Tokenizer:
     """Train the tokenizer; a deterministic function of this package's own text."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
@@ -104,13 +103,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))]
     )
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"},
-        padding_side="left", model_max_length=4096, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
-    wrapped.chat_template = CHAT_TEMPLATE
-    return wrapped
+    return tokenizer
 
 
 def _plain_bytes(state: str, bytes_: set[str]) -> str:
