@@ -184,3 +184,12 @@ def test_several_threads_never_mix_their_lines(tmp_path: Path) -> None:
             thread.join()
     events = read_episode(tmp_path / "e").events
     assert [event["seq"] for event in events] == list(range(400))
+
+
+def test_text_that_is_no_unicode_is_recorded_and_read_back(tmp_path: Path) -> None:
+    with Recorder(tmp_path / "e") as recorder:
+        recorder.event("answer", raw_text="lone \ud800 surrogate")
+        recorder.summary({"message": "\udfff"})
+    episode = read_episode(tmp_path / "e")
+    assert episode.events[0]["raw_text"] == "lone \ud800 surrogate"
+    assert episode.summary == {"message": "\udfff"}

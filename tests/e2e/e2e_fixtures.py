@@ -63,6 +63,12 @@ class ServerProcess:
             self._process.send_signal(signal.SIGKILL)
             self.killed_s = time.monotonic()
 
+    def freeze(self) -> None:
+        """SIGSTOP: connections stay open and nothing is said any more."""
+        if self.killed_s is None:
+            self._process.send_signal(signal.SIGSTOP)
+            self.killed_s = time.monotonic()
+
     def close(self) -> None:
         """Ends the process."""
         if self._process.poll() is None:

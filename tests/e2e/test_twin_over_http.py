@@ -117,6 +117,21 @@ def test_a_server_killed_in_the_middle_of_a_chunk_stops_the_arm_in_time(
     assert np.linalg.norm(end - start) < np.linalg.norm(planned) - 0.01
 
 
+def test_a_server_that_freezes_between_two_rows_stops_the_arm_in_time(
+    serve: list[ServerProcess], tmp_path: Path, expert: RecordedEpisode
+) -> None:
+    """The connection stays open and silent: only the missing sign of life tells."""
+    server = ServerProcess(tmp_path / "server", texts_of(expert), token_s=0.01)
+    serve.append(server)
+    freezing = OnEvent("row", server.freeze)
+    result, episode = run(server, tmp_path / "episode", freezing, execute="streamed", realtime=True)
+    assert (result.exit_code, result.outcome) == (4, "server"), result.message
+    assert server.killed_s is not None
+    hold = first_after(episode, "hold", server.killed_s)
+    # Its last sign of life comes with the first poll of the chunk, which begins a moment after the row.
+    assert hold["t_s"] - server.killed_s <= LIVENESS_S + 2 * HOLD_S
+
+
 def test_a_server_that_never_parses_costs_cycles_and_ends_in_exit_3(
     serve: list[ServerProcess], tmp_path: Path, expert: RecordedEpisode
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from vlm2vla_client.clock import Clock
 from vlm2vla_client.errors import ServerUnreachableError
@@ -24,12 +24,20 @@ class Arrivals:
         events: the policy's iterator; read, and closed, by the thread.
         clock: stamps the arrivals.
         deadline_s: wall seconds for the whole answer; a little is added so that the policy can report its own timeout.
+        check: called every 0.1 s of waiting; raises to end it, for the arm may be on its way meanwhile.
     """
 
-    def __init__(self, events: Iterator[CycleEvent], clock: Clock, deadline_s: float) -> None:
+    def __init__(
+        self,
+        events: Iterator[CycleEvent],
+        clock: Clock,
+        deadline_s: float,
+        check: Callable[[], None] | None = None,
+    ) -> None:
         self._events = events
         self._clock = clock
         self._deadline_s = deadline_s
+        self._check = check
         self._ends_s = time.monotonic() + deadline_s + GRACE_S
         self._queue: queue.SimpleQueue[tuple[CycleEvent, float] | BaseException] = queue.SimpleQueue()
         self._given_up = threading.Event()
@@ -70,6 +78,8 @@ class Arrivals:
             try:
                 return self._queue.get(timeout=max(min(left_s, POLL_S), 0.001))
             except queue.Empty:
+                if self._check is not None:
+                    self._check()
                 if left_s <= 0:
                     self.give_up()
                     raise ServerUnreachableError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import signal
 import sys
 from collections.abc import Sequence
@@ -17,8 +18,10 @@ from types import FrameType
 from vlm2vla_client import commands
 from vlm2vla_client.config import CAMERAS, POLICIES, ROBOTS, VERIFIERS
 from vlm2vla_client.errors import ClientError
+from vlm2vla_client.progress import printable
 
 INTERRUPTED = 130
+DEVELOPMENT_SEED = 500_000  # below lie the seeds of training, from 1,000,000 on those of tests
 NOT_BUILT = {
     "doctor": "check camera, arm, server and limits; --commission walks through a new bench",
     "ask": "ask the model about the live frame",
@@ -47,7 +50,7 @@ def _add_run(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     run.add_argument("--policy", choices=POLICIES, default="server")
     run.add_argument("--scenario", choices=("in_distribution", "out_of_distribution"), help="sampling of the subtasks")
     run.add_argument("--scene", metavar="NAME", help="twin: a suite's scene, or 'kitchen' (default: the task's)")
-    run.add_argument("--seed", type=_seed, default=0, metavar="N", help="decides the twin's scene and the sampling")
+    run.add_argument("--seed", type=_seed, default=DEVELOPMENT_SEED, metavar="N", help="scene and sampling (500000)")
     run.add_argument("--record", type=Path, default=Path("runs"), metavar="DIR", help="default ./runs")
     run.add_argument("--max-cycles", type=_natural, default=30, metavar="N", help="in all; 0: until done (default 30)")
     run.add_argument("--execute", choices=("whole", "streamed"), default="whole")
@@ -136,6 +139,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.rest = rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a letter must not end a run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     with contextlib.suppress(ValueError):  # not the main thread: whoever embeds us handles signals
         signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -144,7 +150,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except ClientError as error:
-        print(f"vlm2vla-client: {error}", file=sys.stderr)
+        print(f"vlm2vla-client: {printable(str(error))}", file=sys.stderr)
+        if getattr(arguments, "json", False):
+            commands.print_json({"exit_code": error.exit_code, "outcome": "not_started", "message": str(error)})
         return error.exit_code
 
 

@@ -63,6 +63,20 @@ def confirm_on_terminal(plan: str | None, rows: Sequence[Sequence[float]]) -> bo
     return answer.strip().lower() in ("y", "yes")
 
 
+def print_json(value: Any) -> None:
+    """One object on one line of standard output."""
+    print(json.dumps(plain(value), ensure_ascii=False, allow_nan=False))
+
+
+def _is_text(text: str) -> bool:
+    """False for bytes of the command line that were no UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def run(arguments: argparse.Namespace) -> int:
     """``run``: one episode, recorded, with its page and its animation."""
     config = load_config(arguments.config)
@@ -76,8 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
     for name in verifiers:
         if name in ("gemini", "human"):
             raise NotBuiltError(f"the verifier {name!r} is not built yet; use server, twin or none")
-    if not arguments.task.strip() or len(arguments.task) > 2000:
-        raise ConfigurationError("--task must be 1..2000 characters")
+    if not arguments.task.strip() or len(arguments.task) > 2000 or not _is_text(arguments.task):
+        raise ConfigurationError("--task must be 1..2000 characters of text")
     if arguments.confirm and arguments.execute == "streamed":
         raise ConfigurationError("--confirm needs --execute whole: a chunk is confirmed before it starts")
     return _run_in_twin(arguments, config, verifiers)
@@ -130,7 +144,7 @@ def _report(as_json: bool, result: EpisodeResult, folder: Path, **more: Any) -> 
     if as_json:
         animation = folder / "episode.gif"
         paths = {"folder": folder, "view": page, "animation": animation if animation.is_file() else None}
-        print(json.dumps(plain({**vars(result), **paths, **more}), ensure_ascii=False, allow_nan=False))
+        print_json({**vars(result), **paths, **more})
         return
     if result.physics is not None:
         word = "success" if result.physics.get("success") else "no success"
@@ -188,7 +202,10 @@ def vqa(arguments: argparse.Namespace) -> int:
         text = VqaResponse.model_validate(answer).answer
     except ValidationError:
         raise ProtocolMismatchError("the server's answer to /vqa is not one", code="bad_answer") from None
-    print(json.dumps(answer, ensure_ascii=False) if arguments.json else text)
+    if arguments.json:
+        print_json(answer)
+    else:
+        print(text)
     return 0
 
 

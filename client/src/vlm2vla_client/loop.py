@@ -164,6 +164,7 @@ class _Episode:
             parts.policy.cycle(before, subtask, self._asked(self.config.max_answer_age_s)),
             parts.clock,
             self.config.max_answer_age_s,
+            parts.watch.check,
         )
         answer = Answer(arrivals, parts, self.config, self._record, sent_s, frame_age_s)
         try:

@@ -124,6 +124,8 @@ class Moves:
         )
 
     def _step_frame(self) -> int | None:
+        if not self._recorder.keeps_frames and self._display is None:
+            return None  # nobody would ever see the picture
         try:
             frame = self._camera.latest(STEP_FRAME_AGE_S, STEP_FRAME_AGE_S)
         except ClientError as error:

@@ -39,6 +39,7 @@ from vlm2vla_schema.types import Frame
 FORMAT = 1
 MAX_LINE_BYTES = 4 << 20
 MAX_REMEMBERED_FRAMES = 64
+UNPAIRED = "backslashreplace"  # a lone surrogate in somebody's text becomes its JSON escape instead of an error
 
 
 def plain(value: Any) -> Any:
@@ -65,7 +66,7 @@ def plain(value: Any) -> Any:
 def write_json_atomic(path: Path, value: Any) -> None:
     """Writes ``value`` so that a reader sees the old file or the whole new one, also after a power cut."""
     temporary = path.with_name(path.name + ".part")
-    with temporary.open("w", encoding="utf-8") as file:
+    with temporary.open("w", encoding="utf-8", errors=UNPAIRED) as file:
         json.dump(plain(value), file, indent=1, ensure_ascii=False, allow_nan=False)
         file.write("\n")
         file.flush()
@@ -94,7 +95,13 @@ def new_episode_folder(parent: Path, task: str) -> Path:
 
 
 class Recorder:
-    """Writes one episode; safe to call from several threads; never blocks longer than the disk does."""
+    """Writes one episode; safe to call from several threads; never blocks longer than the disk does.
+
+    Attributes:
+        keeps_frames: False in recorders that drop pictures, so that nobody takes one in vain.
+    """
+
+    keeps_frames = True
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -116,7 +123,7 @@ class Recorder:
                 return
             line = {"seq": self._seq, "t_s": round(time.monotonic(), 6), "event": kind}
             line.update(plain(fields))
-            self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n")
+            self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode("utf-8", UNPAIRED) + b"\n")
             self._file.flush()
             self._seq += 1
 

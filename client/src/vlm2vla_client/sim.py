@@ -224,15 +224,20 @@ def run_in_twin(request: SimRequest, folder: Path, progress: Progress) -> Episod
 
 
 def run_parts(
-    request: SimRequest, bench: SimBench, policy: Policy, verifier: Verifier, folder: Path, progress: Progress
+    request: SimRequest,
+    bench: SimBench,
+    policy: Policy,
+    verifier: Verifier,
+    folder: Path | Recorder,
+    progress: Progress,
 ) -> EpisodeResult:
-    """``run_in_twin`` with a policy and a verifier of one's own."""
+    """``run_in_twin`` with a policy, a verifier and, in place of the folder, a recorder of one's own."""
     info = policy.info()
     planning = "motion_plan" in info.stages
     animation = Animation() if request.animate else None
     progress.started(request.task, f"twin, scene {request.choice.name}, seed {request.choice.seed}, policy {info.name}")
     clock: Clock = bench.clock
-    with Recorder(folder) as recorder:
+    with folder if isinstance(folder, Recorder) else Recorder(folder) as recorder:
         recorder.limits(bench.limits)
         display = animation.add if animation is not None else None
         moves = Moves(recorder, progress, bench.robot, bench.camera, bench.limits, display)
@@ -254,7 +259,7 @@ def run_parts(
         )
         result = run_episode(parts, _loop_config(request, bench.limits))
     if animation is not None:
-        animation.save(folder / "episode.gif")
+        animation.save(recorder.folder / "episode.gif")
     return result
 
 

@@ -198,5 +198,5 @@ def write_view(folder: Path, target: Path | None = None) -> Path:
     """
     page = render(read_episode(folder))
     path = target or folder / "view.html"
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page, encoding="utf-8", errors="replace")
     return path

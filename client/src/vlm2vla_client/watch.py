@@ -31,6 +31,7 @@ class Watch:
         self._policy = policy
         self._camera = camera
         self._alive_s = time.monotonic()
+        self._active = False
         self._camera_error: CameraError | None = None
         self._error: ClientError | None = None
 
@@ -40,7 +41,9 @@ class Watch:
         return self._error
 
     def fault(self) -> str | None:
-        """Why the arm must stop, or None. Returns at once."""
+        """Why the arm must stop, or None; always None when nothing moves. Returns at once."""
+        if not self._active:
+            return None
         silent_s = time.monotonic() - self._alive_s
         if silent_s > LIVENESS_LIMIT_S:
             self._error = ServerUnreachableError(
@@ -50,6 +53,15 @@ class Watch:
             self._error = self._camera_error
         return None if self._error is None else str(self._error)
 
+    def check(self) -> None:
+        """Raises the typed error behind ``fault``, if there is one.
+
+        Raises:
+            ClientError: the policy or the camera was lost while the arm moved.
+        """
+        if self.fault() is not None and self._error is not None:
+            raise self._error
+
     @contextlib.contextmanager
     def moving(self) -> Iterator[None]:
         """Polls while the block runs."""
@@ -57,18 +69,19 @@ class Watch:
         self._alive_s = time.monotonic()
         self._error, self._camera_error = None, None
         thread = threading.Thread(target=self._poll, args=(stop,), name="watch", daemon=True)
+        self._active = True
         thread.start()
         try:
             yield
         finally:
+            self._active = False
             stop.set()
             thread.join(ALIVE_TIMEOUT_S + POLL_S)
 
     def _poll(self, stop: threading.Event) -> None:
         while not stop.wait(POLL_S):
-            asked_s = time.monotonic()
             if self._policy.alive(ALIVE_TIMEOUT_S):
-                self._alive_s = asked_s
+                self._alive_s = time.monotonic()
             if self._camera is not None:
                 self._look(self._camera)
 
