@@ -116,10 +116,18 @@ def _fields(rng: random.Random, body: dict[str, Any]) -> str:
     return "fields"
 
 
+def _decoded(text: str) -> bytes:
+    """The bytes of a field that may have been spoilt already."""
+    try:
+        return base64.b64decode(text) or b"x"
+    except ValueError:
+        return b"spoilt"
+
+
 def _image(rng: random.Random, body: dict[str, Any]) -> str:
     for name in ("image", "before", "after"):
         if isinstance(body.get(name), str):
-            raw = bytearray(base64.b64decode(body[name]))
+            raw = bytearray(_decoded(body[name]))
             choice = rng.randrange(5)
             if choice == 0:
                 del raw[rng.randrange(len(raw)) :]
@@ -164,7 +172,7 @@ def _multipart(rng: random.Random, body: dict[str, Any]) -> tuple[bytes, str]:
         head = f'Content-Disposition: form-data; name="{name}"'.encode("utf-8", "replace")
         if name in ("image", "before", "after") and isinstance(value, str) and rng.random() < 0.7:
             head += b'; filename="f.jpg"'
-            payload = base64.b64decode(value) if rng.random() < 0.8 else rng.randbytes(300)
+            payload = _decoded(value) if rng.random() < 0.8 else rng.randbytes(300)
         else:
             payload = str(value).encode("utf-8", "replace")
         if rng.random() < 0.1:

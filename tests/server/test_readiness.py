@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from tiny_models import write_adapter, write_base
 from vlm2vla_schema.types import ModelCard
 from vlm2vla_server.adapter_proof import MIN_MEAN_DIFFERENCE_NAT, PROOF_PROMPTS, proof_image, prove
 from vlm2vla_server.app import create_app
+from vlm2vla_server.cli import main
 from vlm2vla_server.engines.base import EngineStartError
 from vlm2vla_server.engines.hf_model import ModelOptions
 from vlm2vla_server.engines.transformers_engine import TransformersEngine
@@ -150,3 +152,16 @@ def test_proof_on_a_real_model_red_and_green(tmp_path: Path) -> None:
             await service.close()
 
     run(work(), 120)
+
+
+def test_check_proves_prints_info_and_tells_by_its_exit_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = write_base(tmp_path / "base")
+    for name, active, code in (("active", True, 0), ("idle", False, 1)):
+        adapter = write_adapter(base, tmp_path / name, 1, active=active)
+        arguments = ["check", "--engine", "transformers", "--model", str(base), "--adapter", f"{name}={adapter}"]
+        assert main(arguments) == code
+        info = json.loads(capsys.readouterr().out)
+        assert info["ready"] is active and info["adapters"][0]["proven"] is active and info["policy"] is active
+        assert info["engine"] == "transformers" and len(info["adapters"][0]["hash"]) == 64

@@ -103,7 +103,12 @@ def _begin(
     async def run() -> None:
         events.put_nowait(await _outcome(service, ticket, episode, left, lambda: handler(parsed, call)))
 
+    def unblock(finished: asyncio.Task[None]) -> None:
+        if finished.cancelled():  # stopped from outside, or before its first step: nobody may wait for it for ever
+            events.put_nowait(Cancelled("the request was stopped"))
+
     task = asyncio.create_task(run())
+    task.add_done_callback(unblock)
     ticket.attach(task)
     return Work(task, events, asyncio.create_task(_watch(request.receive, task, left)))
 
