@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -70,3 +72,16 @@ RETRY: list[Segment] = [
     (0.0, 0.0, 0.0, 0, 3),
     (0.0, 0.0, 0.12, 0, 6),
 ]
+
+
+def write_recording(folder: Path, task: str, rows: int, torn: bool = False) -> None:
+    """A rollout folder as the client leaves it, reduced to what ingest reads."""
+    (folder / "frames").mkdir(parents=True)
+    events = [{"seq": 0, "t_s": 0.0, "event": "episode", "task": task}]
+    for index in range(rows):
+        (folder / "frames" / f"{index:06d}.jpg").write_bytes(flat_image(50 + index))
+        action = [0.01 * (index + 1), 0, 0, 0, 0, 0, 1]
+        state = [0.3, 0, 0.1, 0, 0, 0, 1]
+        events.append({"seq": index + 1, "event": "step", "frame": index, "action": action, "state": state})
+    text = "".join(json.dumps(event) + "\n" for event in events)
+    (folder / "events.jsonl").write_text(text + ('{"seq": 99, "ev' if torn else ""))

@@ -19,13 +19,14 @@ from vlm2vla_training.demonstrator import STEP_S, Demonstrator, Style, execute
 from vlm2vla_training.episodes.base import Episode
 from vlm2vla_training.episodes.parquet import EpisodeWriter
 from vlm2vla_training.errors import DataError
-from vlm2vla_training.jsonio import JsonlAppender
+from vlm2vla_training.jsonio import JsonlAppender, read_jsonl
 from vlm2vla_training.progress import finish, track
 from vlm2vla_twin.camera import Camera
 from vlm2vla_twin.physics import UnreachableError, World
 from vlm2vla_twin.truth import observe
 
 TRUTH_FILE = "truth.jsonl"
+FAILED_FILE = "failed.jsonl"
 _MAX_STEPS = 250
 _REST_S = 1.0
 _LIFTED_M = 0.05
@@ -71,12 +72,17 @@ def run_demos(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(f"demos: would record {len(jobs)} episodes of {', '.join(args.suite)} into {args.out}")
         return 0
-    failed = 0
-    with EpisodeWriter(args.out) as writer, JsonlAppender(args.out / TRUTH_FILE) as truth:
-        left = [job for job in jobs if job.key not in writer.done]
+    with (
+        EpisodeWriter(args.out) as writer,
+        JsonlAppender(args.out / TRUTH_FILE) as truth,
+        JsonlAppender(args.out / FAILED_FILE) as failures,
+    ):
+        failed = {line["episode_key"] for line in read_jsonl(args.out / FAILED_FILE)}
+        left = [job for job in jobs if job.key not in writer.done and job.key not in failed]
         for job, demo in track(zip(left, _recorded(left, args.workers), strict=True), len(left), "demos"):
             if demo is None or not (demo.success or args.keep_failures):
-                failed += 1
+                failures.append({"episode_key": job.key})
+                failed.add(job.key)
                 continue
             truth.append({"episode_key": job.key, "success": demo.success, "steps": demo.truth})
             writer.write(demo.episode)
@@ -87,12 +93,12 @@ def run_demos(args: argparse.Namespace) -> int:
         "suites": args.suite,
         "first_seed": args.seed,
         "episodes": written,
-        "failed": failed,
+        "failed": len(failed),
         "mode": args.mode,
         "style": vars(style),
         "source": "twin",
     }
-    finish("demos", args.out, summary, started, f"{written} episodes, {failed} failed and left out")
+    finish("demos", args.out, summary, started, f"{written} episodes, {len(failed)} failed and left out")
     return 0
 
 

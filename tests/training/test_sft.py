@@ -1,0 +1,116 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from training_fakes import PICK, episode_of
+
+from vlm2vla_schema.types import ModelCard
+from vlm2vla_training.cli import main
+from vlm2vla_training.episodes.parquet import EpisodeWriter
+from vlm2vla_training.pretrain import write_random_base
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    write_random_base(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def curated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("chain")
+    with EpisodeWriter(root / "episodes") as writer:
+        for index in range(3):
+            writer.write(episode_of(PICK, "pick up the carrot", f"fake/{index}", 0.001, index))
+    assert main(["annotate", "--episodes", str(root / "episodes"), "--out", str(root / "annotated")]) == 0
+    common = ["curate", "--episodes", str(root / "episodes"), "--annotated", str(root / "annotated")]
+    assert main([*common, "--image-size", "112", "--out", str(root / "examples")]) == 0
+    return root / "examples"
+
+
+def linears(base: Path) -> int:
+    """Seven linears a language layer."""
+    return 7 * int(json.loads((base / "config.json").read_text())["text_config"]["num_hidden_layers"])
+
+
+def sft(base: Path, curated: Path, out: Path, *more: str) -> int:
+    few = ["--kinds", "actions,completion", "--batch-size", "2", "--warmup-steps", "1", "--threads", "1"]
+    steps = ["--max-steps", "4", "--save-steps", "2"]
+    return main(["sft", "--base", str(base), "--examples", str(curated), "--out", str(out), *few, *steps, *more])
+
+
+@pytest.fixture(scope="module")
+def run(base: Path, curated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sft") / "run"
+    assert sft(base, curated, out) == 0
+    return out
+
+
+def test_a_run_leaves_adapter_log_and_summary(base: Path, run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["steps"], summary["variant"]) == (4, "main")
+    assert summary["adapted_modules"] == linears(base)
+    assert set(summary["kinds"]) == {"actions", "completion"}
+    assert json.loads((run / "log.jsonl").read_text().splitlines()[-1])["step"] == 4
+    tensors = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert len(tensors) == 2 * linears(base) and all("language_model" in name for name in tensors)
+    assert any(np.abs(tensor).max() > 0 for name, tensor in tensors.items() if "lora_B" in name)
+
+
+def test_resuming_from_a_checkpoint_gives_the_same_adapter(
+    base: Path, curated: Path, run: Path, tmp_path: Path
+) -> None:
+    killed = tmp_path / "run"
+    killed.mkdir()
+    shutil.copytree(run / "checkpoint-2", killed / "checkpoint-2")
+    shutil.copyfile(run / "run.json", killed / "run.json")
+    assert sft(base, curated, killed) == 0
+    straight, resumed = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (run, killed))
+    assert all(np.array_equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_another_setting_in_the_same_folder_is_refused(
+    base: Path, curated: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sft(base, curated, run, "--learning-rate", "0.5") == 2
+    assert "preset" in capsys.readouterr().err
+
+
+def test_an_example_that_is_too_long_stops_the_run(
+    base: Path, curated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sft(base, curated, tmp_path / "run", "--max-tokens", "50") == 1
+    assert "exceed 50 tokens" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_writes_nothing(base: Path, curated: Path, tmp_path: Path) -> None:
+    assert sft(base, curated, tmp_path / "run", "--dry-run") == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_export_writes_an_artifact_without_paths(base: Path, run: Path, curated: Path, tmp_path: Path) -> None:
+    out = tmp_path / "adapter"
+    more = ["--references", "1", "--examples", str(curated)]
+    assert main(["export", "--run", str(run), "--out", str(out), "--name", "tiny", *more]) == 0
+    card = ModelCard.read(out)
+    assert (card.name, card.adapted_modules, card.policy, card.representation) == ("tiny", linears(base), True, "text")
+    assert card.base_model == "twin-base" and card.data_hash
+    assert card.reference_logprobs is not None
+    reference = card.reference_logprobs[0]
+    assert len(reference.logprobs) == len(reference.token_ids) == len(reference.base_logprobs)
+    assert reference.logprobs != reference.base_logprobs
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "twin-base"
+    assert str(run.parent) not in "".join(path.read_text() for path in out.glob("*.json"))
+
+
+def test_full_fine_tune_is_a_whole_model(base: Path, curated: Path, tmp_path: Path) -> None:
+    assert sft(base, curated, tmp_path / "run", "--full-finetune", "--max-steps", "1") == 0
+    assert main(["export", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "model"), "--name", "full"]) == 0
+    card = ModelCard.read(tmp_path / "model")
+    assert (card.adapter_scope, card.adapted_modules) == ("full", 0)
+    assert (tmp_path / "model" / "config.json").exists() and (tmp_path / "model" / "tokenizer.json").exists()
