@@ -174,10 +174,12 @@ def test_events_after_the_end_are_ignored(tmp_path: Path) -> None:
 
 def test_several_threads_never_mix_their_lines(tmp_path: Path) -> None:
     with Recorder(tmp_path / "e") as recorder:
-        threads = [
-            threading.Thread(target=lambda n=n: [recorder.event("x", n=n, text="y" * 300) for _ in range(100)])
-            for n in range(4)
-        ]
+
+        def write(number: int) -> None:
+            for _ in range(100):
+                recorder.event("x", n=number, text="y" * 300)
+
+        threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -164,7 +164,8 @@ def test_what_cannot_be_replayed_is_refused(tmp_path: Path) -> None:
     frame: Any = None
     with pytest.raises(VerifierError):
         RecordedVerifier(episode).verify(frame, frame, "a", None, 1.0)
-    for broken in (None, [], {"seed": 1, "objects": [{"name": 3}]}, {"objects": 4}):
+    scenes: list[Any] = [None, [], {"seed": 1, "objects": [{"name": 3}]}, {"objects": 4}]
+    for broken in scenes:
         with pytest.raises(RecordingError):
             scene_from_json(broken)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -19,7 +18,6 @@ from vlm2vla_client.progress import SilentProgress
 from vlm2vla_client.recorder import RecordedEpisode
 
 HERE = Path(__file__).parent
-SERVER_FAKES = HERE.parent / "server"
 
 
 class ServerProcess:
@@ -32,11 +30,9 @@ class ServerProcess:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        path = os.pathsep.join([str(HERE), str(SERVER_FAKES)])
         self._log = (folder / "server.log").open("wb")
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / "e2e_server.py"), str(port), str(folder)],
-            env={**os.environ, "PYTHONPATH": path},
             stdout=self._log,
             stderr=subprocess.STDOUT,
         )

@@ -6,17 +6,29 @@ Run as ``python e2e_server.py PORT FOLDER``: ``FOLDER/texts.json`` holds the tex
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import uvicorn
-from server_fakes import VERDICT_TEXT, FakeEngine, write_models
 
+from vlm2vla_schema.types import ModelCard
 from vlm2vla_server.app import create_app
-from vlm2vla_server.engines.base import GenerationRequest
+from vlm2vla_server.engines.base import (
+    AdapterLoad,
+    Delta,
+    EngineInfo,
+    EngineLoad,
+    GenerationRequest,
+    ScoreRequest,
+)
+from vlm2vla_server.settings import Settings
 
+VERDICT = '{"success": true, "confidence": "High", "reasoning": "It is done."}'
+PIECE_CHARS = 4
 STARTS = {
     "Describe the sequence": "subtasks",
     "Given the image": "motion_plan",
@@ -29,7 +41,7 @@ class Reciter:
     """Knows its texts by what is asked: the plan of a subtask, the rows of a plan (warm-up asks for others)."""
 
     def __init__(self, texts: dict[str, Any]) -> None:
-        self._subtasks, self._verdict = texts["subtasks"], texts.get("verdict", VERDICT_TEXT)
+        self._subtasks, self._verdict = texts["subtasks"], texts.get("verdict", VERDICT)
         self._plans, self._actions = texts["plans"], texts["actions"]
 
     def __call__(self, request: GenerationRequest) -> str:
@@ -42,12 +54,57 @@ class Reciter:
         return next((text for words, text in known.items() if words in request.prompt), next(iter(known.values())))
 
 
+class RecitingEngine:
+    """An Engine that needs no model: four characters a token, with a pause before each."""
+
+    def __init__(self, reciter: Reciter, token_s: float) -> None:
+        self._reciter, self._token_s = reciter, token_s
+        self._tokens = 0
+
+    async def start(self) -> None:
+        await asyncio.sleep(0)
+
+    async def close(self) -> None:
+        await asyncio.sleep(0)
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Delta]:
+        text = self._reciter(request)
+        starts = range(0, len(text), PIECE_CHARS)
+        for count, start in enumerate(starts, start=1):
+            await asyncio.sleep(self._token_s)
+            self._tokens += 1
+            yield Delta(text[start : start + PIECE_CHARS], "stop" if count == len(starts) else None, 100, count)
+
+    async def score(self, request: ScoreRequest) -> list[float]:
+        await asyncio.sleep(0)
+        return [-1.0, -2.0] if request.adapter is None else [-1.5, -2.0]
+
+    def info(self) -> EngineInfo:
+        return EngineInfo("recital", "cpu", "float32", 4096, "cd" * 32, (AdapterLoad("twin", "ab" * 32, 42),))
+
+    def load(self) -> EngineLoad:
+        return EngineLoad(0, 0, self._tokens)
+
+    def control_tokens(self) -> frozenset[str]:
+        return frozenset({"<end_of_turn>", "<start_of_image>"})
+
+
+def settings(folder: Path) -> Settings:
+    """A base and an adapter of which only the cards exist."""
+    base, adapter = folder / "base", folder / "adapter"
+    for path in (base, adapter):
+        path.mkdir(parents=True, exist_ok=True)
+    ModelCard(name="tiny", base_model="tiny", image_size=28).write(base)
+    stages: Any = ["subtasks", "motion_plan", "actions"]
+    ModelCard(name="twin", base_model="tiny", image_size=28, stages=stages, policy=True).write(adapter)
+    return Settings(engine="transformers", model=base, adapters=(("twin", adapter),))
+
+
 def main() -> None:
     port, folder = int(sys.argv[1]), Path(sys.argv[2])
     given = json.loads((folder / "texts.json").read_text())
-    engine = FakeEngine(answer=Reciter(given["texts"]), piece_chars=4, token_s=given["token_s"])
-    app = create_app(write_models(folder), engine)
-    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning", access_log=False)
+    engine = RecitingEngine(Reciter(given["texts"]), given["token_s"])
+    uvicorn.run(create_app(settings(folder), engine), host="127.0.0.1", port=port, log_level="warning")
 
 
 if __name__ == "__main__":
