@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Processor, PreTrainedTokenizerFast
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
 from vlm2vla_schema.prompts import PROMPT_VERSIONS
 from vlm2vla_schema.types import ModelCard
-from vlm2vla_twin.scene import CARDS, KINDS
-from vlm2vla_twin.truth import Truth
-
 from vlm2vla_training import pretrain_data
 from vlm2vla_training.pretrain_data import IMAGE_SIZE
 from vlm2vla_training.twin_tokenizer import CHAT_TEMPLATE, train_tokenizer
+from vlm2vla_twin.scene import CARDS, KINDS
+from vlm2vla_twin.truth import Truth
 
 PATCHES = IMAGE_SIZE // 14
 IMAGE_TOKENS = PATCHES * PATCHES
@@ -195,6 +195,26 @@ class Batch:
     labels: Tensor
     pictures: Tensor
     picks: NDArray[np.int64]
+    vectors: Tensor
+
+
+Vector = tuple[float, float, float]
+NO_VECTOR: Vector = (float("nan"), float("nan"), float("nan"))
+_AXES = {"forward": (0, 1), "backward": (0, -1), "left": (1, 1), "right": (1, -1), "up": (2, 1), "down": (2, -1)}
+
+
+def answer_vector(answer: str) -> Vector:
+    """The displacement or position that an answer states, in decimetres, NaN for axes it does not mention."""
+    if answer.startswith("["):
+        x, y, z = json.loads(answer)
+        return (10.0 * x, 10.0 * y, 10.0 * z)
+    values = list(NO_VECTOR)
+    if " cm" in answer:
+        for part in answer.split(", "):
+            number, _, *word = part.split()
+            axis, sign = _AXES[word[0]] if word else (2, 1)
+            values[axis] = sign * float(number) / 10.0
+    return (values[0], values[1], values[2])
 
 
 class Batcher:
@@ -215,43 +235,46 @@ class Batcher:
             self._known[text] = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
         return self._known[text]
 
-    def chat(self, pictures: int, pairs: list[pretrain_data.Pair]) -> tuple[list[int], list[int]]:
-        """Token ids and labels of one conversation about ``pictures`` pictures."""
+    def chat(self, pictures: int, pairs: list[pretrain_data.Pair]) -> tuple[list[int], list[int], list[Vector]]:
+        """Token ids, labels and, where a number is being said, its vector, of one conversation about ``pictures`` pictures."""
         ids = self._ids("<bos>") + self._ids("<start_of_turn>user\n") + self._picture * pictures
-        labels = [-100] * len(ids)
+        labels, vectors = [-100] * len(ids), [NO_VECTOR] * len(ids)
         for index, (question, answer) in enumerate(pairs):
             head = self._ids("<start_of_turn>user\n") if index else []
             asked = head + self._ids(question) + self._ids("<end_of_turn>\n<start_of_turn>model\n")
             told = self._ids(answer) + self._ids("<end_of_turn>")
             ids += asked + told + self._ids("\n")
             labels += [-100] * len(asked) + told + [-100]
-        return ids, labels
+            vectors += [NO_VECTOR] * (len(asked) - 1) + [answer_vector(answer)] * len(told) + [NO_VECTOR] * 2
+        return ids, labels, vectors
 
     def batch(self, step: int) -> Batch:
         """The batch of one step, a pure function of the settings' seed and ``step``."""
         rng = np.random.default_rng([11, self._settings.seed, step])
-        rows: list[tuple[list[int], list[int]]] = []
+        rows: list[tuple[list[int], list[int], list[Vector]]] = []
         chosen: list[int] = []
         for _ in range(self._settings.batch):
             draw = rng.random()
             if draw < self._settings.text_only:
                 ids = self._ids("<bos>") + self._ids("<start_of_turn>user\n") + self._ids(pretrain_data.user_text(rng))
                 ids = ids + self._ids("<end_of_turn>\n")
-                rows.append((ids, [-100, *ids[1:]]))
+                rows.append((ids, [-100, *ids[1:]], [NO_VECTOR] * len(ids)))
                 continue
             two = draw > 1.0 - self._settings.two_pictures
             picks = [int(i) for i in rng.integers(len(self._stills.truths), size=2 if two else 1)]
             pairs = pretrain_data.conversation(self._stills.truths[picks[-1]], rng, self._settings.turns)
             chosen += picks
             rows.append(self.chat(len(picks), pairs))
-        width = max(len(ids) for ids, _ in rows)
+        width = max(len(ids) for ids, _, _ in rows)
         ids_ = torch.full((len(rows), width), self.pad)
         labels_ = torch.full((len(rows), width), -100)
-        for row, (ids, labels) in enumerate(rows):
+        vectors_ = torch.full((len(rows), width, 3), float("nan"))
+        for row, (ids, labels, vectors) in enumerate(rows):
             ids_[row, : len(ids)] = torch.tensor(ids)
             labels_[row, : len(labels)] = torch.tensor(labels)
+            vectors_[row, : len(vectors)] = torch.tensor(vectors)
         picks_ = np.asarray(chosen)
-        return Batch(ids_, ids_ == self.soft, labels_, to_pixels(self._stills.pictures[picks_]), picks_)
+        return Batch(ids_, ids_ == self.soft, labels_, to_pixels(self._stills.pictures[picks_]), picks_, vectors_)
 
 
 def to_pixels(pictures: NDArray[np.uint8]) -> Tensor:
@@ -266,6 +289,7 @@ class DenseHeads(nn.Module):
         super().__init__()
         self.here = nn.Linear(width, len(THINGS))
         self.where = nn.Linear(width, len(THINGS) * 3)
+        self.said = nn.Linear(width, 3)
 
     def forward(self, patches: Tensor, here: Tensor, where: Tensor) -> tuple[Tensor, Tensor, float]:
         """Losses of presence and position, and the mean position error in centimetres where a thing is."""
@@ -277,6 +301,12 @@ class DenseHeads(nn.Module):
         count = here.sum().clamp(min=1.0)
         distance = ((guess - where)[..., :2].norm(dim=-1) * here).sum() / count
         return presence, (error * here).sum() / count, float(distance.detach()) * 10.0
+
+    def reading(self, states: Tensor, vectors: Tensor) -> Tensor:
+        """Loss of reading the vector that is being said off a language layer's states [B, T, width]."""
+        known = ~vectors.isnan()
+        error = nn.functional.smooth_l1_loss(self.said(states), vectors.nan_to_num(), reduction="none", beta=0.1)
+        return (error * known).sum() / known.sum().clamp(min=1)
 
 
 # --- the training loop ------------------------------------------------------------------------------------------------
@@ -324,7 +354,11 @@ class Run:
         self.heads = DenseHeads(int(self.model.config.vision_config.hidden_size))
         self.batcher = Batcher(stills, self.tokenizer, settings)
         self._patches: list[Tensor] = []
+        self._states: list[Tensor] = []
         self.tower.register_forward_hook(lambda module, args, output: self._patches.append(output.last_hidden_state))
+        self.model.model.language_model.layers[-2].register_forward_hook(
+            lambda module, args, output: self._states.append(output[0] if isinstance(output, tuple) else output)
+        )
         seeing = [*self.tower.parameters(), *self.heads.parameters()]
         known = {id(parameter) for parameter in seeing}
         speaking = [parameter for parameter in self.model.parameters() if id(parameter) not in known]
@@ -367,15 +401,17 @@ class Run:
         """One step of everything: the language loss and, beside it, the dense ones."""
         batch = self.batcher.batch(step)
         self._patches.clear()
+        self._states.clear()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             output = self.model(
                 input_ids=batch.input_ids, attention_mask=(batch.input_ids != self.batcher.pad).long(), labels=batch.labels,
                 pixel_values=batch.pictures, token_type_ids=batch.image_mask.long(), use_cache=False,
             )  # fmt: skip
         presence, position, error_cm = self.heads(self._patches[0].float(), *self.stills.dense_targets(batch.picks))
-        self._step(output.loss + self.settings.dense_weight * (presence + position))
+        reading = self.heads.reading(self._states[0].float(), batch.vectors)
+        self._step(output.loss + self.settings.dense_weight * (presence + position + reading))
         return {
-            "language": _number(output.loss), "presence": _number(presence), "position": _number(position),
+            "language": _number(output.loss), "reading": _number(reading), "presence": _number(presence), "position": _number(position),
             "tower_error_cm": round(error_cm, 2),
         }  # fmt: skip
 
@@ -422,7 +458,7 @@ def offset_errors(
     batcher = Batcher(stills, tokenizer, Settings())
     picks = [i for i, truth in enumerate(stills.truths) if "carrot" in truth.objects and truth.held != "carrot"][:most]
     question = "Offset in metres from the gripper to the point above the carrot?"
-    ids, _ = batcher.chat(1, [(question, "")])
+    ids, _, _ = batcher.chat(1, [(question, "")])
     prompt = torch.tensor(ids[: -len(tokenizer("<end_of_turn>\n", add_special_tokens=False)["input_ids"])])
     model.eval()
     errors = []
