@@ -152,6 +152,14 @@ def test_the_plan_is_not_asked_for_in_distribution() -> None:
     assert score.score == 1 and score.plan_credit is None
 
 
+def test_repeating_the_instruction_is_no_plan() -> None:
+    judge, _ = trial(LONG, *LONG_XY)
+    instruction = LONG.instruction(0)
+    assert judge.score(instruction, True).score == 0
+    assert judge.score(f"{instruction}\nmove somewhere", True).score == 0
+    assert judge.score(f"{instruction}\nMove to Eggplant\nMove to Pan\nLift Fish", True).score == 1
+
+
 def test_the_item_above_the_card_is_the_one_that_counts() -> None:
     spec = PICTURE.scene(1_000_000)
     item = spec.extra["item"]

@@ -170,12 +170,19 @@ class Judge:
         """What the trial has earned so far.
 
         Args:
-            plan_text: everything the policy wrote as subtasks and motion plans; None for policies that wrote nothing.
+            plan_text: everything the policy wrote, one subtask or motion plan a line; None for policies that wrote
+                nothing. A line that only repeats the instruction decomposes nothing and does not count.
             planning: which of the two rubrics of D.1 gives ``score``.
             plan_override: a person's verdict on the plan, which replaces the keywords (D.3, "manually checked").
         """
-        credit = decomposed(self._concepts, plan_text) if plan_override is None else plan_override
+        credit = decomposed(self._concepts, self._own_words(plan_text)) if plan_override is None else plan_override
         return score_of(self._suite, self.flags(), credit if self._suite.plan_counts else None, planning)
+
+    def _own_words(self, plan_text: str | None) -> str | None:
+        if plan_text is None:
+            return None
+        told = self._suite.instruction(self._world.spec.seed).casefold().strip()
+        return "\n".join(line for line in plan_text.splitlines() if line.casefold().strip() != told)
 
 
 def score_of(suite: Suite, flags: Mapping[str, bool], plan_credit: bool | None, planning: bool) -> Score:

@@ -1,0 +1,187 @@
+"""The few statistics that small numbers of trials need, without a statistics library.
+
+Intervals are two-sided; counts of successes are binomial.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Z_95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A closed interval [low, high]."""
+
+    low: float
+    high: float
+
+
+def wilson(successes: int, n: int, z: float = Z_95) -> Interval:
+    """Wilson's score interval of a success rate; [0, 1] when nothing was tried.
+
+    Raises:
+        ValueError: not 0 <= successes <= n.
+    """
+    _check(successes, n)
+    if n == 0:
+        return Interval(0.0, 1.0)
+    p, z2 = successes / n, z * z
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    low = 0.0 if successes == 0 else max(0.0, centre - half)
+    return Interval(low, 1.0 if successes == n else min(1.0, centre + half))
+
+
+def clopper_pearson(successes: int, n: int, confidence: float = 0.95) -> Interval:
+    """The exact interval of Clopper and Pearson, found by bisection on the binomial's tails.
+
+    Raises:
+        ValueError: not 0 <= successes <= n, or a confidence outside (0, 1).
+    """
+    _check(successes, n)
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence must lie between 0 and 1, received {confidence}")
+    if n == 0:
+        return Interval(0.0, 1.0)
+    tail = (1.0 - confidence) / 2
+
+    def solve(count: int, wanted: float) -> float:
+        """The p at which P(X <= count) falls to ``wanted``; the distribution function decreases in p."""
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            if binomial_cdf(count, n, middle) > wanted:
+                low = middle
+            else:
+                high = middle
+        return (low + high) / 2
+
+    return Interval(
+        0.0 if successes == 0 else solve(successes - 1, 1.0 - tail),
+        1.0 if successes == n else solve(successes, tail),
+    )
+
+
+def binomial_cdf(count: int, n: int, p: float) -> float:
+    """P(X <= count) of a binomial with ``n`` trials of probability ``p``."""
+    if count < 0:
+        return 0.0
+    if count >= n or p <= 0.0:
+        return 1.0
+    if p >= 1.0:
+        return 0.0
+    log_p, log_q = math.log(p), math.log1p(-p)
+    whole = math.lgamma(n + 1)
+    terms = (
+        math.exp(whole - math.lgamma(k + 1) - math.lgamma(n - k + 1) + k * log_p + (n - k) * log_q)
+        for k in range(count + 1)
+    )
+    return min(1.0, math.fsum(terms))
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Success of ``first`` minus success of ``second`` on the same seeds.
+
+    Attributes:
+        only_first, only_second: seeds where just one of the two succeeded.
+        p_value: McNemar's exact test, two-sided: how surprising the discordant seeds are if neither is better.
+    """
+
+    n: int
+    only_first: int
+    only_second: int
+    difference: float
+    interval: Interval
+    p_value: float
+
+
+def paired_difference(first: Sequence[bool], second: Sequence[bool]) -> PairedDifference:
+    """Compares two policies trial by trial; interval by Newcombe (1998, method 10), 95 %.
+
+    Raises:
+        ValueError: the sequences differ in length.
+    """
+    n = len(first)
+    if len(second) != n:
+        raise ValueError(f"expected as many trials on both sides, received {n} and {len(second)}")
+    both = sum(1 for a, b in zip(first, second, strict=True) if a and b)
+    only_first = sum(1 for a, b in zip(first, second, strict=True) if a and not b)
+    only_second = sum(1 for a, b in zip(first, second, strict=True) if b and not a)
+    if n == 0:
+        return PairedDifference(0, 0, 0, 0.0, Interval(-1.0, 1.0), 1.0)
+    neither = n - both - only_first - only_second
+    one, two = both + only_first, both + only_second
+    p1, p2, w1, w2 = one / n, two / n, wilson(one, n), wilson(two, n)
+    phi = _phi(both, only_first, only_second, neither)
+    down = _distance(p1 - w1.low, w2.high - p2, phi)
+    up = _distance(w1.high - p1, p2 - w2.low, phi)
+    difference = (only_first - only_second) / n
+    interval = Interval(max(-1.0, difference - down), min(1.0, difference + up))
+    return PairedDifference(n, only_first, only_second, difference, interval, mcnemar(only_first, only_second))
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """The exact two-sided p-value of McNemar's test; 1 when no seed tells the two apart."""
+    discordant = only_first + only_second
+    if discordant == 0:
+        return 1.0
+    return min(1.0, 2 * binomial_cdf(min(only_first, only_second), discordant, 0.5))
+
+
+def _phi(both: int, only_first: int, only_second: int, neither: int) -> float:
+    n = both + only_first + only_second + neither
+    squared = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
+    if squared == 0:
+        return 0.0
+    determinant = float(both * neither - only_first * only_second)
+    if determinant > 0:
+        determinant = max(determinant - n / 2, 0.0)
+    return determinant / math.sqrt(squared)
+
+
+def _distance(a: float, b: float, phi: float) -> float:
+    return math.sqrt(max(0.0, a * a - 2 * phi * a * b + b * b))
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """The summary statistics of Table 3; the standard deviation is the sample's (n - 1)."""
+
+    n: int
+    median: float
+    mean: float
+    std: float
+    q1: float
+    q3: float
+    minimum: float
+    maximum: float
+
+
+def describe(values: Sequence[float]) -> Distribution | None:
+    """The statistics of some measurements; None when there are none. Quartiles interpolate linearly."""
+    if not values:
+        return None
+    ordered, n = sorted(values), len(values)
+    mean = math.fsum(ordered) / n
+    std = math.sqrt(math.fsum((value - mean) ** 2 for value in ordered) / (n - 1)) if n > 1 else 0.0
+    return Distribution(
+        n, quantile(ordered, 0.5), mean, std, quantile(ordered, 0.25), quantile(ordered, 0.75), ordered[0], ordered[-1]
+    )
+
+
+def quantile(ordered: Sequence[float], share: float) -> float:
+    """The quantile of values in ascending order, interpolated linearly."""
+    place = share * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def _check(successes: int, n: int) -> None:
+    if not 0 <= successes <= n:
+        raise ValueError(f"expected 0 <= successes <= n, received {successes} of {n}")

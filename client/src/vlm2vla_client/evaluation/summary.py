@@ -1,0 +1,206 @@
+"""From trials to figures: success with its interval, scores, failures, latency; written as ``summary.json``."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from vlm2vla_client.evaluation.options import LANGUAGES, split_of
+from vlm2vla_client.evaluation.statistics import Distribution, Interval, clopper_pearson, describe, wilson
+from vlm2vla_client.evaluation.trial import failure_of
+from vlm2vla_client.evaluation.trials import Override, Trial, read_overrides, read_trials
+from vlm2vla_client.recorder import write_json_atomic
+from vlm2vla_twin.tasks import SUITES, score_of
+
+SUMMARY = "summary.json"
+FORMAT = 1
+LANGUAGE_GROUP = "pick_carrot_languages"
+
+
+@dataclass(frozen=True)
+class SuiteSummary:
+    """One bar of Fig. 5 and what stands behind it.
+
+    Attributes:
+        wilson_95, clopper_pearson_95: intervals of the success rate.
+        mean_score: by the rubric of the policy (planning or not), out of ``max_score``.
+        plans_right: trials whose text named what D.3 asks for, of ``plans_judged`` (0 where D.1 does not ask).
+        stages: in how many trials each stage was reached.
+        verified_without_success: the verifier called it done, physics did not; and the other way round.
+    """
+
+    label: str
+    tasks: list[str]
+    trials: int
+    successes: int
+    success_rate: float
+    wilson_95: Interval
+    clopper_pearson_95: Interval
+    mean_score: float
+    max_score: int
+    mean_planning_score: float
+    mean_non_planning_score: float
+    plans_right: int
+    plans_judged: int
+    failures: dict[str, int]
+    stages: dict[str, int]
+    verified_without_success: int
+    success_without_verified: int
+    mean_cycles: float
+    seeds: list[int]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Everything that a published number must name: seeds, trials, interval, verifier, model and commit.
+
+    Attributes:
+        cycle_s: wall time of one inference cycle, as in Table 3; ``verify_s`` that of one verdict.
+        retried_cycles: cycles in which an answer had to be sampled again.
+        splits: training, development or test, by the seeds.
+    """
+
+    format: int
+    policy: str
+    model: str
+    verifier: str
+    mode: str
+    splits: list[str]
+    trials: int
+    suites: dict[str, SuiteSummary]
+    cycle_s: Distribution | None
+    verify_s: Distribution | None
+    retried_cycles: int
+    restarted_trials: int
+    overrides: int
+    commits: list[str]
+    server: dict[str, Any] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+
+
+def overridden(trials: Sequence[Trial], overrides: Mapping[tuple[str, int], Override]) -> list[Trial]:
+    """The trials with a person's verdicts on plans in place of the keywords, scored again."""
+    return [_scored_again(trial, overrides[trial.key]) if trial.key in overrides else trial for trial in trials]
+
+
+def _scored_again(trial: Trial, override: Override) -> Trial:
+    suite = SUITES[trial.suite]
+    credit = override.plan_credit if suite.plan_counts else None
+    score = score_of(suite, trial.flags, credit, trial.planning)
+    return replace(
+        trial,
+        score=score.score,
+        planning_score=score.planning_score,
+        plan_credit=credit,
+        success=score.success,
+        failure=failure_of(score.success, trial.flags, trial.outcome),
+    )
+
+
+def summarise_suite(label: str, trials: Sequence[Trial]) -> SuiteSummary:
+    """The figures of one suite (or of several that are averaged); needs at least one trial."""
+    n, successes = len(trials), sum(trial.success for trial in trials)
+    judged = [trial for trial in trials if trial.plan_credit is not None]
+    stages: Counter[str] = Counter()
+    for trial in trials:
+        stages.update({name: int(reached) for name, reached in trial.flags.items()})
+    return SuiteSummary(
+        label=label,
+        tasks=sorted({trial.task for trial in trials}),
+        trials=n,
+        successes=successes,
+        success_rate=successes / n,
+        wilson_95=wilson(successes, n),
+        clopper_pearson_95=clopper_pearson(successes, n),
+        mean_score=sum(trial.score for trial in trials) / n,
+        max_score=trials[0].max_score,
+        mean_planning_score=sum(trial.planning_score for trial in trials) / n,
+        mean_non_planning_score=sum(trial.non_planning_score for trial in trials) / n,
+        plans_right=sum(bool(trial.plan_credit) for trial in judged),
+        plans_judged=len(judged),
+        failures=dict(Counter(trial.failure for trial in trials if trial.failure is not None).most_common()),
+        stages=dict(stages),
+        verified_without_success=sum(trial.verified and not trial.success for trial in trials),
+        success_without_verified=sum(trial.success and not trial.verified for trial in trials),
+        mean_cycles=sum(trial.cycles for trial in trials) / n,
+        seeds=sorted({trial.seed for trial in trials}),
+    )
+
+
+def summarise(trials: Sequence[Trial], server: Mapping[str, Any], overrides: int = 0) -> Summary:
+    """The figures of one folder; suites in the order of the paper, the languages also averaged (4.2)."""
+    suites = {
+        name: summarise_suite(suite.label, [trial for trial in trials if trial.suite == name])
+        for name, suite in SUITES.items()
+        if any(trial.suite == name for trial in trials)
+    }
+    if sum(name in suites for name in LANGUAGES) > 1:
+        together = [trial for trial in trials if trial.suite in LANGUAGES]
+        suites[LANGUAGE_GROUP] = summarise_suite("Pick Up - T", together)
+
+    def only(name: str) -> str:
+        return ", ".join(sorted({str(getattr(trial, name)) for trial in trials}))
+
+    return Summary(
+        format=FORMAT,
+        policy=only("policy"),
+        model=only("model"),
+        verifier=only("verifier"),
+        mode=only("mode"),
+        splits=sorted({split_of(trial.seed) for trial in trials}),
+        trials=len(trials),
+        suites=suites,
+        cycle_s=describe([value for trial in trials for value in trial.cycle_seconds]),
+        verify_s=describe([value for trial in trials for value in trial.verify_seconds]),
+        retried_cycles=sum(trial.retried_cycles for trial in trials),
+        restarted_trials=sum(trial.retries > 0 for trial in trials),
+        overrides=overrides,
+        commits=sorted({trial.commit for trial in trials if trial.commit is not None}),
+        server=dict(server),
+        machine={"system": platform.platform(), "processor": _processor(), "python": platform.python_version()},
+    )
+
+
+def write_summary(folder: Path, server: Mapping[str, Any]) -> tuple[Summary, list[Trial]]:
+    """Reads the folder's trials and overrides and writes ``summary.json``; returns what it wrote and the trials.
+
+    Raises:
+        RecordingError: damaged files.
+    """
+    overrides = read_overrides(folder)
+    trials = overridden(read_trials(folder), overrides)
+    summary = summarise(trials, server, len(overrides))
+    write_json_atomic(folder / SUMMARY, summary)
+    return summary, trials
+
+
+def current_commit() -> str | None:
+    """The commit that this code runs from, with ``+`` when files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    if not commit:
+        return None
+    return commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        return platform.machine()
+    return platform.machine()
