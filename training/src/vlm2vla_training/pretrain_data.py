@@ -1,7 +1,8 @@
 """Pictures and questions for the twin's base model: vision-language skill, and no robot action anywhere.
 
-A picture is a random still of the toy kitchen; its :class:`~vlm2vla_twin.truth.Truth` answers any number of questions, so the
-text is made afresh in every epoch. Seeds stay below 500,000 (training); the same functions with later seeds give held-out sets.
+A picture is a random still of the toy kitchen; its :class:`~vlm2vla_twin.truth.Truth` answers any number of
+questions, so the text is made afresh in every epoch. Seeds stay below 500,000 (training); the same functions with
+later seeds give held-out sets.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
 from vlm2vla_schema import images, prompts
 from vlm2vla_schema.directions import NAMES as WORDS
 from vlm2vla_schema.directions import direction_words, join_words
@@ -35,15 +37,20 @@ NAMES: dict[str, tuple[str, str, str, str]] = {
     "pan": ("pan", "sartén", "平底锅", "कड़ाही"),
 }
 """English, Spanish, Mandarin, Hindi."""
-COLOURS = {"carrot": "orange", "eggplant": "purple", "banana": "yellow", "fish": "blue", "plate": "yellow", "pan": "black"}
-VERBS = {"pick up": ("pick up the {}", "recoge la {}", "拿起{}", "{} उठाओ"), "where": ("where is the {}?", "¿dónde está {}?", "{}在哪里?", "{} कहाँ है?")}
+COLOURS = {
+    "carrot": "orange", "eggplant": "purple", "banana": "yellow", "fish": "blue", "plate": "yellow", "pan": "black",
+}  # fmt: skip
+VERBS = {
+    "pick up": ("pick up the {}", "recoge la {}", "拿起{}", "{} उठाओ"),
+    "where": ("where is the {}?", "¿dónde está {}?", "{}在哪里?", "{} कहाँ है?"),
+}
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
 def random_scene(seed: int) -> tuple[SceneSpec, str | None]:
-    """A random still: one to six things, up to two cards, the gripper anywhere, sometimes holding what is returned second."""
+    """A random still: one to six things, up to two cards, the gripper anywhere, it may hold what is returned second."""
     rng = np.random.default_rng([7, seed])
     chosen: list[str] = []
     weights = np.array([0.30, 0.18, 0.14, 0.14, 0.14, 0.10])
@@ -67,11 +74,11 @@ def random_scene(seed: int) -> tuple[SceneSpec, str | None]:
     gripper, held = _gripper(rng, objects)
     if held is not None:
         objects = [ObjectSpec(item.name, gripper, item.yaw_rad) if item.name == held else item for item in objects]
-    spec = SceneSpec(
+    scene = SceneSpec(
         seed, tuple(objects), tuple(cards), start_position_m=gripper,
         start_gripper_open=held is None and bool(rng.random() < 0.85),
     )  # fmt: skip
-    return vary(spec, rng, move_start=False), held
+    return vary(scene, rng, move_start=False), held
 
 
 def _free_xy(
@@ -114,7 +121,7 @@ def _gripper(rng: np.random.Generator, objects: list[ObjectSpec]) -> tuple[tuple
 
 
 def still(seed: int) -> tuple[NDArray[np.uint8], Truth] | None:
-    """The picture of one seed, uint8 [112, 112, 3], with its truth; None for an empty counter or an arm out of reach."""
+    """The picture of one seed, uint8 [112, 112, 3], and its truth; None for an empty counter or an arm out of reach."""
     spec, held = random_scene(seed)
     if not spec.objects:
         return None
@@ -152,7 +159,8 @@ def _shard(job: tuple[int, int, str]) -> str:
 def render(folder: Path, first_seed: int, count: int, workers: int = 1, shard: int = 1000) -> Iterator[Path]:
     """Render stills of seeds ``first_seed ..`` into shards, skipping those that exist; yields each shard's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = [(seed, min(shard, first_seed + count - seed), str(folder)) for seed in range(first_seed, first_seed + count, shard)]
+    end = first_seed + count
+    jobs = [(seed, min(shard, end - seed), str(folder)) for seed in range(first_seed, end, shard)]
     if workers <= 1:
         yield from (Path(_shard(job)) for job in jobs)
         return
@@ -190,16 +198,19 @@ def _any(truth: Truth, rng: np.random.Generator) -> str:
 
 
 def q_offset_cm(truth: Truth, rng: np.random.Generator) -> Pair | None:
+    """How far a thing is from the gripper, in centimetres and directional words."""
     name = _any(truth, rng)
     return f"How far is the {_thing(name, rng)} from the gripper?", _centimetres(truth.offset(name))
 
 
 def q_offset_m(truth: Truth, rng: np.random.Generator) -> Pair | None:
+    """The displacement from the gripper to a thing's centre, as a list of metres."""
     name = _any(truth, rng)
     return f"Offset in metres from the gripper to the {_thing(name, rng)}?", _list_m(truth.offset(name))
 
 
 def q_above_m(truth: Truth, rng: np.random.Generator) -> Pair | None:
+    """The displacement from the gripper to the point at hover height above a thing, as a list of metres."""
     name = _any(truth, rng)
     dx, dy, _ = truth.offset(name)
     question = f"Offset in metres from the gripper to the point above the {_thing(name, rng)}?"
@@ -207,6 +218,7 @@ def q_above_m(truth: Truth, rng: np.random.Generator) -> Pair | None:
 
 
 def q_way(truth: Truth, rng: np.random.Generator) -> Pair | None:
+    """Which way a thing, or the point above it, lies from the gripper: words with words of degree."""
     name = _any(truth, rng)
     above = rng.random() < 0.5
     dx, dy, dz = truth.offset(name)
@@ -216,35 +228,43 @@ def q_way(truth: Truth, rng: np.random.Generator) -> Pair | None:
 
 
 def q_where(truth: Truth, rng: np.random.Generator) -> Pair | None:
+    """Where a thing stands in the base frame, forward and left in centimetres."""
     name = _any(truth, rng)
     return f"Where is the {_thing(name, rng)}?", _centimetres(truth.position(name)[:2])
 
 
 def q_gripper(truth: Truth, rng: np.random.Generator) -> Pair | None:
+    """Where the gripper is, or how high."""
     if rng.random() < 0.5:
         return "Where is the gripper?", _centimetres(truth.gripper_m)
     return "How high is the gripper?", f"{truth.gripper_m[2] * 100:.1f} cm"
 
 
 def q_held(truth: Truth, rng: np.random.Generator) -> Pair | None:
+    """Whether the gripper is open, or what it holds."""
     if rng.random() < 0.4:
         return "Is the gripper open or closed?", "open" if truth.gripper_fraction > 0.8 else "closed"
     return "What is the gripper holding?", "nothing" if truth.held is None else f"the {NAMES[truth.held][0]}"
 
 
 def q_there(truth: Truth, rng: np.random.Generator) -> Pair | None:
+    """Whether a thing of any kind is in the picture at all."""
     name = str(rng.choice([*KINDS, *CARDS]))
-    return f"Is there a {_thing(name, rng)} in the picture?", "yes" if name in truth.objects or name in truth.cards else "no"
+    there = name in truth.objects or name in truth.cards
+    return f"Is there a {_thing(name, rng)} in the picture?", "yes" if there else "no"
 
 
 def q_list(truth: Truth, rng: np.random.Generator) -> Pair | None:
-    names = [NAMES[name][0] for name in KINDS if name in truth.objects] + [f"{n} card" for n in CARDS if n in truth.cards]
+    """What is in the picture, or how many objects."""
+    cards = [f"{name} card" for name in CARDS if name in truth.cards]
+    names = [NAMES[name][0] for name in KINDS if name in truth.objects] + cards
     if rng.random() < 0.4:
         return "How many objects are on the counter, cards not counted?", str(len(truth.objects))
     return "What is in the picture?", "a " + ", a ".join(names)
 
 
 def q_compare(truth: Truth, rng: np.random.Generator) -> Pair | None:
+    """Which of two things is further left, further forward or nearer; None when there is only one."""
     things = [*truth.objects, *truth.cards]
     if len(things) < 2:
         return None
@@ -262,11 +282,13 @@ def q_compare(truth: Truth, rng: np.random.Generator) -> Pair | None:
 
 
 def q_colour(truth: Truth, rng: np.random.Generator) -> Pair | None:
+    """The usual colour of a kind of thing, in the picture or not."""
     name = str(rng.choice(list(KINDS)))
     return f"What colour is the {_thing(name, rng)}?", COLOURS[name]
 
 
 def q_translate(truth: Truth, rng: np.random.Generator) -> Pair | None:
+    """A name or a short instruction of another language, in English."""
     name, language = str(rng.choice(list(KINDS))), int(rng.integers(1, 4))
     if rng.random() < 0.5:
         return f"What is '{NAMES[name][language]}' in English?", NAMES[name][0]
@@ -276,6 +298,7 @@ def q_translate(truth: Truth, rng: np.random.Generator) -> Pair | None:
 
 
 def q_card(truth: Truth, rng: np.random.Generator) -> Pair | None:
+    """Which item is above a card, or which cards lie there; None without cards."""
     if not truth.cards:
         return None
     card = str(rng.choice(list(truth.cards)))
@@ -286,8 +309,8 @@ def q_card(truth: Truth, rng: np.random.Generator) -> Pair | None:
 
 
 QUESTIONS: tuple[tuple[Callable[[Truth, np.random.Generator], Pair | None], float], ...] = (
-    (q_offset_cm, 1.5), (q_offset_m, 2.0), (q_above_m, 2.5), (q_way, 1.5), (q_where, 1.2), (q_gripper, 1.2), (q_held, 1.0),
-    (q_there, 0.8), (q_list, 0.7), (q_compare, 0.8), (q_colour, 0.3), (q_translate, 0.6), (q_card, 1.0),
+    (q_offset_cm, 1.5), (q_offset_m, 2.0), (q_above_m, 2.5), (q_way, 1.5), (q_where, 1.2), (q_gripper, 1.2),
+    (q_held, 1.0), (q_there, 0.8), (q_list, 0.7), (q_compare, 0.8), (q_colour, 0.3), (q_translate, 0.6), (q_card, 1.0),
 )  # fmt: skip
 
 
@@ -297,16 +320,19 @@ def user_text(rng: np.random.Generator) -> str:
     No answer follows: the base never sees a plan, a subtask list as an answer, or an action.
     """
     one, two = (str(name) for name in rng.choice([NAMES[name][0].title() for name in KINDS], 2, replace=False))
-    verb = str(rng.choice(["Move to {a}", "Grasp {a}", "Lift {a}", "Move {a} to {b}", "Lower {a} to {b}", "Release {a}"]))
+    verbs = ["Move to {a}", "Grasp {a}", "Lift {a}", "Move {a} to {b}", "Lower {a} to {b}", "Release {a}"]
+    verb = str(rng.choice(verbs))
     subtask = verb.format(a=one, b=two)
     kind = int(rng.integers(5))
     if kind == 0:
-        return prompts.subtasks_prompt(str(rng.choice(["pick up the {}", "put the {} down", "lift the {}"])).format(one.lower()))
+        task = str(rng.choice(["pick up the {}", "put the {} down", "lift the {}"]))
+        return prompts.subtasks_prompt(task.format(one.lower()))
     if kind == 1:
         return prompts.motion_plan_prompt(subtask)
     if kind == 2:
         words = [str(rng.choice(["far ", "slightly ", "very slightly ", ""])) + str(rng.choice(pair)) for pair in WORDS]
-        return prompts.actions_prompt(subtask, f"Move {join_words(words)}, gripper stays {rng.choice(['open', 'closed'])}.")
+        plan = f"Move {join_words(words)}, gripper stays {rng.choice(['open', 'closed'])}."
+        return prompts.actions_prompt(subtask, plan)
     if kind == 3:
         return prompts.verify_prompt(subtask, f"Grasp {two}" if rng.random() < 0.7 else None)
     return prompts.completion_prompt(subtask) if rng.random() < 0.5 else prompts.direction_prompt(subtask)

@@ -1,7 +1,8 @@
 """The third-person camera of the twin: RGB pictures and, for training data and scoring only, segmentation.
 
-Rendering is headless, by EGL where a driver is found and by OSMesa otherwise; the choice is made when the first picture is
-asked for. One OpenGL context serves the whole process from a thread of its own, because a context belongs to a thread.
+Rendering is headless, by EGL where a driver is found and by OSMesa otherwise; the choice is made when the first
+picture is asked for. One OpenGL context serves the whole process from a thread of its own, because a context belongs
+to a thread.
 """
 
 from __future__ import annotations
@@ -72,11 +73,11 @@ class _Renderer:
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
         self._viewport = mujoco.MjrRect(0, 0, width, height)
 
-    def draw(self, world: World, *, segmentation: bool = False) -> NDArray[np.uint8]:
-        """One picture, uint8 [H, W, 3]; with ``segmentation`` the bytes encode geom identities."""
+    def draw(self, world: World, *, segmentation: bool = False) -> NDArray[Any]:
+        """One picture, uint8 [H, W, 3]; with ``segmentation`` geom identities, int32 [H, W]."""
         return self._thread.submit(self._draw, world, segmentation).result(timeout=60)
 
-    def _draw(self, world: World, segmentation: bool) -> NDArray[np.uint8]:
+    def _draw(self, world: World, segmentation: bool) -> NDArray[Any]:
         width, height = self._size
         self._gl.make_current()
         mujoco.mjv_updateScene(
@@ -94,14 +95,15 @@ class _Renderer:
             return self._geom_ids(picture)
         return np.ascontiguousarray(picture[::-1])
 
-    def _geom_ids(self, picture: NDArray[np.uint8]) -> Any:
+    def _geom_ids(self, picture: NDArray[np.uint8]) -> NDArray[Any]:
         colour = picture[::-1].astype(np.int32) @ np.array([1, 256, 65536])
         table = np.full(self._scene.ngeom + 1, -1, dtype=np.int32)
         for index in range(self._scene.ngeom):
             geom = self._scene.geoms[index]
             if geom.segid >= 0 and geom.objtype == mujoco.mjtObj.mjOBJ_GEOM.value:
                 table[geom.segid + 1] = geom.objid
-        return table[np.clip(colour, 0, self._scene.ngeom)]
+        ids: NDArray[np.int32] = table[np.clip(colour, 0, self._scene.ngeom)]
+        return ids
 
 
 @cache
@@ -135,5 +137,5 @@ class Camera:
         return picture
 
     def segmentation(self) -> NDArray[np.int32]:
-        """MuJoCo geom id of every pixel, int32 [H, W], -1 for none. For training data and scoring, never for a policy."""
-        return self._renderer.draw(self.world, segmentation=True)  # type: ignore[return-value]
+        """MuJoCo geom id of every pixel, int32 [H, W], -1 for none. For training data and scoring, not for a policy."""
+        return self._renderer.draw(self.world, segmentation=True)

@@ -1,7 +1,8 @@
 """The scripted demonstrator: it reads the simulator, knows the way, and says it in the words and rows of the method.
 
-:func:`waypoints` is the skill itself: where the gripper must go for one subtask from where it is now. Everything else here turns
-waypoints into rows: one row of at most 5 cm an axis for a policy that answers, one step of 5 Hz for a demonstration to record.
+:func:`waypoints` is the skill itself: where the gripper must go for one subtask from where it is now. Everything else
+here turns waypoints into rows: one row of at most 5 cm an axis for a policy that answers, one step of 5 Hz for a
+demonstration to record.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
 from vlm2vla_schema.directions import direction_words, join_words
 from vlm2vla_schema.parsing import format_actions, format_subtasks
-
 from vlm2vla_twin.physics import World
 from vlm2vla_twin.skills import Goal, Skill, parse_subtask, parse_task, skills_for, title
 from vlm2vla_twin.truth import is_held, observe

@@ -1,7 +1,7 @@
-"""The simulation of one scene: an arm that tracks joint commands, objects held by friction, and what a judge may ask of them.
+"""The simulation of one scene: an arm that tracks joint commands, objects held by friction, and what a judge may ask.
 
-A :class:`World` is deterministic: the same spec and the same calls give the same states. Nothing is welded or teleported
-once it runs; :meth:`World.place` exists for setting up start conditions and training pictures only.
+A :class:`World` is deterministic: the same spec and the same calls give the same states. Nothing is welded or
+teleported once it runs; :meth:`World.place` exists for setting up start conditions and training pictures only.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class World:
         mujoco.mju_mat2Quat(model.cam_quat[0], matrix.ravel())
 
     def _arrange(self, spec: SceneSpec) -> None:
-        """Objects, cards and arm to their start; absent objects are parked behind the base, weightless and untouchable."""
+        """Objects, cards and arm to their start; absent ones are parked behind the base, weightless and untouchable."""
         for slot, name in enumerate(KINDS):
             if name in self._names:
                 item = spec.object(name)

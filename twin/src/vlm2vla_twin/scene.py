@@ -1,11 +1,12 @@
 """The toy kitchen as data, and as MJCF.
 
-A :class:`SceneSpec` says what stands where; it is pure data, a function of a seed, and small enough to store beside an
-episode. :func:`build_model` compiles one model that holds every object the kitchen knows. A :class:`~vlm2vla_twin.physics.World`
-then places the objects a spec names and parks the others out of sight, so that a thousand scenes cost one compilation.
+A :class:`SceneSpec` says what stands where; it is pure data, a function of a seed, and small enough to store beside
+an episode. :func:`build_model` compiles one model that holds every object the kitchen knows. A
+:class:`~vlm2vla_twin.physics.World` then places the objects a spec names and parks the others out of sight, so that a
+thousand scenes cost one compilation.
 
-Lengths are metres in the robot's base frame (+x forward, +y left, +z up); the counter's surface is z = 0. The arm is the
-WidowX 250S of appendix D.2; every shape here is a primitive, and objects are held by friction alone.
+Lengths are metres in the robot's base frame (+x forward, +y left, +z up); the counter's surface is z = 0. The arm is
+the WidowX 250S of appendix D.2; every shape here is a primitive, and objects are held by friction alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field, replace
 
 import mujoco
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from vlm2vla_twin import kinematics
@@ -36,7 +38,7 @@ Rgb = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Kind:
-    """What one kind of object is: its resting height above the counter, its base colour and whether a gripper can hold it."""
+    """What one kind of object is: its resting height above the counter, its colour, whether a gripper can hold it."""
 
     rest_z_m: float
     rgb: Rgb
@@ -129,7 +131,7 @@ def vary(spec: SceneSpec, rng: np.random.Generator, *, move_start: bool = True) 
     )
 
 
-def _triple(values: np.ndarray) -> tuple[float, float, float]:
+def _triple(values: NDArray[np.float64]) -> tuple[float, float, float]:
     return (float(values[0]), float(values[1]), float(values[2]))
 
 
@@ -186,11 +188,13 @@ def _objects_xml() -> str:
     return f"""
     <body name="carrot"><freejoint/>
       <geom name="carrot_g" class="obj" type="capsule" size="0.014 0.010" euler="0 1.5708 0" mass="0.03"/>
-      <geom name="carrot_top" class="look" type="ellipsoid" size="0.009 0.006 0.006" pos="0.028 0 0.003" rgba="0.2 0.62 0.2 1"/>
+      <geom name="carrot_top" class="look" type="ellipsoid" size="0.009 0.006 0.006" pos="0.028 0 0.003"
+        rgba="0.2 0.62 0.2 1"/>
     </body>
     <body name="eggplant"><freejoint/>
       <geom name="eggplant_g" class="obj" type="capsule" size="0.016 0.009" euler="0 1.5708 0" mass="0.03"/>
-      <geom name="eggplant_top" class="look" type="ellipsoid" size="0.006 0.010 0.010" pos="0.024 0 0" rgba="0.2 0.5 0.2 1"/>
+      <geom name="eggplant_top" class="look" type="ellipsoid" size="0.006 0.010 0.010" pos="0.024 0 0"
+        rgba="0.2 0.5 0.2 1"/>
     </body>
     <body name="banana"><freejoint/>
       <geom name="banana_g" class="obj" type="capsule" size="0.012" fromto="-0.026 -0.006 0 0 0.004 0" mass="0.015"/>
@@ -224,7 +228,8 @@ def _arm_xml() -> str:
     def finger(side: str, sign: int) -> str:
         return f"""
         <body name="{side}_finger"><inertial pos="0.08 0 0" mass="0.02" diaginertia="1e-5 1e-5 1e-5"/>
-          <joint name="{side}_finger" type="slide" axis="0 {sign} 0" range="{FINGER_CLOSED_M} {FINGER_OPEN_M}" damping="8" armature="0.05"/>
+          <joint name="{side}_finger" type="slide" axis="0 {sign} 0" range="{FINGER_CLOSED_M} {FINGER_OPEN_M}"
+            damping="8" armature="0.05"/>
           <geom name="{side}_pad" class="pad" type="box" size="0.0125 0.005 0.009" pos="0.081 {-0.001 * sign} 0"/>
           <geom class="arm" type="box" size="0.018 0.004 0.010" pos="0.052 {0.002 * sign} 0"/>
         </body>"""
@@ -268,7 +273,8 @@ def build_xml() -> str:
         for name in CARDS
     )
     actuators = "".join(
-        f'<position name="{name}" joint="{name}" kp="900" kv="60" forcerange="-60 60"/>' for name in kinematics.JOINT_NAMES
+        f'<position name="{name}" joint="{name}" kp="900" kv="60" forcerange="-60 60"/>'
+        for name in kinematics.JOINT_NAMES
     ) + "".join(
         f'<position name="{side}_finger" joint="{side}_finger" kp="1500" kv="20" forcerange="-14 14"/>'
         for side in ("left", "right")
@@ -283,15 +289,17 @@ def build_xml() -> str:
     <default class="obj"><geom {_SOFT} contype="1" conaffinity="1" group="1"/></default>
     <default class="look"><geom contype="0" conaffinity="0" mass="0.0001" group="1"/></default>
     <default class="arm"><geom rgba="0.13 0.13 0.15 1" contype="2" conaffinity="1" group="2" mass="0.05"/></default>
-    <default class="pad"><geom rgba="0.80 0.82 0.86 1" friction="2 0.05 0.002" priority="1" condim="6" contype="2" conaffinity="1"
-      solref="0.006 1" group="2" mass="0.02"/></default>
+    <default class="pad"><geom rgba="0.80 0.82 0.86 1" friction="2 0.05 0.002" priority="1" condim="6" contype="2"
+      conaffinity="1" solref="0.006 1" group="2" mass="0.02"/></default>
   </default>
   <worldbody>
     <light name="lamp" directional="true" pos="0 0 2" dir="0 0 -1" diffuse="0.55 0.55 0.55" specular="0.05 0.05 0.05"/>
-    <camera name="third_person" pos="{_join(CAMERA_POSITION_M)}" xyaxes="{_join(CAMERA_XYAXES)}" fovy="{CAMERA_FOVY_DEG}"/>
+    <camera name="third_person" pos="{_join(CAMERA_POSITION_M)}" xyaxes="{_join(CAMERA_XYAXES)}"
+      fovy="{CAMERA_FOVY_DEG}"/>
     <geom name="counter" type="box" size="0.6 0.7 0.02" pos="0.25 0 {COUNTER_Z_M - 0.02}" {_SOFT}/>
     <geom name="wall" type="box" size="0.02 0.7 0.3" pos="{WALL_X_M + 0.02} 0 0.28" {_SOFT}/>
-    <geom name="sink_edge" class="look" type="box" size="0.14 0.006 0.003" pos="0.34 0.33 0.001" rgba="0.75 0.77 0.80 1"/>
+    <geom name="sink_edge" class="look" type="box" size="0.14 0.006 0.003" pos="0.34 0.33 0.001"
+      rgba="0.75 0.77 0.80 1"/>
     <geom name="stove" class="look" type="box" size="0.09 0.09 0.0015" pos="0.46 0.24 0.0008" rgba="0.32 0.32 0.34 1"/>
     {_arm_xml()}{_objects_xml()}{cards}
   </worldbody>

@@ -1,7 +1,7 @@
 """Subtasks as this kitchen understands them: which skill a line of text asks for, on which things.
 
-Shared by the demonstrator, which must carry a subtask out, and by the simulator's verifier, which must judge it. Text from a
-trained policy may be worded freely, so the reading goes by keywords (those of appendix D.3 among them).
+Shared by the demonstrator, which must carry a subtask out, and by the simulator's verifier, which must judge it. Text
+from a trained policy may be worded freely, so the reading goes by keywords (those of appendix D.3 among them).
 """
 
 from __future__ import annotations
@@ -22,6 +22,14 @@ WORDS: dict[str, tuple[str, ...]] = {
     "plate": ("plate", "plato"),
     "pan": ("pan", "sartén"),
 }
+VERBS: tuple[tuple[Kind, str], ...] = (
+    ("release", r"\b(release|let go|open)"),
+    ("lower", r"\b(lower|place|put|drop)"),
+    ("lift", r"\b(lift|raise|pick)"),
+    ("grasp", r"\b(grasp|grab|close|hold)"),
+    ("move", r"\b(move|go|reach|approach|position|align|carry|bring)"),
+)
+"""What each verb asks for; the first that matches decides, so that 'open the gripper and move up' is a release."""
 SPOKEN = {name: ("yellow plate" if name == "plate" else name) for name in KINDS}
 TITLES = {name: spoken.title() for name, spoken in SPOKEN.items()}
 
@@ -70,19 +78,16 @@ def parse_subtask(text: str) -> Skill | None:
     graspable = [name for name in things if KINDS[name].graspable]
     targets = [name for name in things if not KINDS[name].graspable]
     thing, target = (graspable or things)[0], targets[0] if targets and graspable else None
-    for kind, pattern in (
-        ("release", r"\b(release|let go|open)"), ("lower", r"\b(lower|place|put|drop)"), ("lift", r"\b(lift|raise|pick)"),
-        ("grasp", r"\b(grasp|grab|close|hold)"), ("move", r"\b(move|go|reach|approach|position|align|carry|bring)"),
-    ):  # fmt: skip
+    for kind, pattern in VERBS:
         if re.search(pattern, lowered):
             if kind == "move" and target is not None:
                 return Skill("carry", thing, target)
-            return Skill(kind, thing, target)  # type: ignore[arg-type]
+            return Skill(kind, thing, target)
     return None
 
 
 def parse_task(text: str) -> list[Goal] | str | None:
-    """The goals of an instruction; the name of a card when it asks for the item above it; None when nothing is known."""
+    """The goals of an instruction; a card's name when it asks for the item above it; None when nothing is known."""
     lowered = text.lower()
     for card in CARDS:
         if re.search(rf"\babove the {card}\b", lowered):
@@ -104,9 +109,10 @@ def skills_for(goals: list[Goal]) -> list[Skill]:
         skills += [Skill("move", goal.object), Skill("grasp", goal.object), Skill("lift", goal.object)]
         if goal.target is not None:
             skills += [
-                Skill("carry", goal.object, goal.target), Skill("lower", goal.object, goal.target),
+                Skill("carry", goal.object, goal.target),
+                Skill("lower", goal.object, goal.target),
                 Skill("release", goal.object, goal.target),
-            ]  # fmt: skip
+            ]
     return skills
 
 
@@ -114,6 +120,10 @@ def title(skill: Skill) -> str:
     """The skill as a subtask in the paper's manner, as in 'Move to Carrot'."""
     name, target = TITLES[skill.object], TITLES.get(skill.target or "", "")
     return {
-        "move": f"Move to {name}", "grasp": f"Grasp {name}", "lift": f"Lift {name}", "carry": f"Move {name} to {target}",
-        "lower": f"Lower {name} to {target}", "release": f"Release {name}",
-    }[skill.kind]  # fmt: skip
+        "move": f"Move to {name}",
+        "grasp": f"Grasp {name}",
+        "lift": f"Lift {name}",
+        "carry": f"Move {name} to {target}",
+        "lower": f"Lower {name} to {target}",
+        "release": f"Release {name}",
+    }[skill.kind]

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from vlm2vla_schema.types import Verdict
 
+from vlm2vla_schema.types import Verdict
 from vlm2vla_twin.physics import World
 from vlm2vla_twin.scene import CARDS, COUNTER_Z_M, KINDS
 from vlm2vla_twin.skills import Skill, parse_subtask, title
@@ -19,8 +19,8 @@ Point = tuple[float, float, float]
 class Truth:
     """One moment of a scene.
 
-    Positions are metres in the base frame; ``pixels`` are (u, v) as fractions of the picture's width and height, which the
-    squash to the model's square leaves unchanged.
+    Positions are metres in the base frame; ``pixels`` are (u, v) as fractions of the picture's width and height,
+    which the squash to the model's square leaves unchanged.
     """
 
     gripper_m: Point
@@ -73,16 +73,19 @@ def observe(world: World) -> Truth:
     held = next((name for name in world.object_names() if KINDS[name].graspable and is_held(world, name)), None)
     gripper = world.ee_pose().position_m
     things: dict[str, Point] = {name: _point(world.object_pose(name)[0]) for name in world.object_names()}
+    shown = {card.name for card in world.spec.cards}
     cards: dict[str, Point] = {
-        name: (*(float(v) for v in world.card_xy(name)), COUNTER_Z_M)  # type: ignore[misc]
-        for name in CARDS
-        if any(card.name == name for card in world.spec.cards)
+        name: _point((*world.card_xy(name), COUNTER_Z_M)) for name in CARDS if name in shown
     }
     everything = {"gripper": _point(gripper), **things, **{f"card {name}": xyz for name, xyz in cards.items()}}
     return Truth(
-        _point(gripper), world.gripper_fraction(), held, things, cards,
-        {name: project(world, position) for name, position in everything.items()},
-    )  # fmt: skip
+        gripper_m=_point(gripper),
+        gripper_fraction=world.gripper_fraction(),
+        held=held,
+        objects=things,
+        cards=cards,
+        pixels={name: project(world, position) for name, position in everything.items()},
+    )
 
 
 def is_held(world: World, name: str, clear_m: float = 0.004) -> bool:
