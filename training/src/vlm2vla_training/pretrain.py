@@ -1,8 +1,9 @@
 """The twin's base model: a small Gemma-3 trained from nothing on pictures of the twin and questions about them.
 
-Three pieces stand here in the order in which they run: the model, the batches, the training loop. Besides the language loss, two
-linear heads on the vision tower's patches say which things a patch shows and where those stand; they give the tower something to
-learn before the language model can read it, and are thrown away at the end. No robot action is in this data (twin.md, "Model").
+Three pieces stand here in the order in which they run: the model, the batches, the training loop. Besides the language
+loss, two linear heads on the vision tower's patches say which things a patch shows and where those stand; they give the
+tower something to learn before the language model can read it, and are thrown away at the end. No robot action is in
+this data. The command line is in :mod:`vlm2vla_training.pretrain_command`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 from vlm2vla_schema.prompts import PROMPT_VERSIONS
 from vlm2vla_schema.types import ModelCard
 from vlm2vla_training import pretrain_data
+from vlm2vla_training.errors import DataError
 from vlm2vla_training.pretrain_data import IMAGE_SIZE
+from vlm2vla_training.pretrain_settings import Settings
 from vlm2vla_training.twin_tokenizer import CHAT_TEMPLATE, train_tokenizer
 from vlm2vla_twin.scene import CARDS, KINDS
 from vlm2vla_twin.truth import Truth
@@ -34,35 +37,26 @@ IMAGE_TOKENS = PATCHES * PATCHES
 THINGS = ("gripper", *KINDS, *(f"card {name}" for name in CARDS))
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What one pre-training run does; stored beside the model."""
-
-    tower_steps: int = 1500
-    tower_batch: int = 64
-    steps: int = 1800
-    batch: int = 24
-    turns: int = 5
-    learning_rate: float = 1.5e-3
-    warmup: int = 100
-    weight_decay: float = 0.02
-    two_pictures: float = 0.06
-    text_only: float = 0.04
-    dense_weight: float = 1.0
-    seed: int = 0
-    threads: int = 2
-
-
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """The twin's tokenizer with Gemma's special tokens and chat template, as transformers and vLLM know it."""
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=train_tokenizer(), bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"},
-        padding_side="left", model_max_length=4096, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=train_tokenizer(),
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        extra_special_tokens={
+            "image_token": "<image_soft_token>",
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+        },
+        padding_side="left",
+        model_max_length=4096,
+        clean_up_tokenization_spaces=False,
+    )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -71,18 +65,20 @@ def config_for(tokenizer: PreTrainedTokenizerFast) -> Gemma3Config:
     """The Gemma-3 architecture at twin size: some 3 million parameters, 112x112 pictures, 64 image tokens."""
     width, ids = 128, tokenizer.convert_tokens_to_ids
     text = {
-        "vocab_size": -(-len(tokenizer) // 64) * 64, "hidden_size": width, "intermediate_size": 384, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "query_pre_attn_scalar": 32,
-        "sliding_window": 1024, "max_position_embeddings": 4096, "bos_token_id": ids("<bos>"), "eos_token_id": ids("<eos>"),
-        "pad_token_id": ids("<pad>"), "tie_word_embeddings": True,
+        "vocab_size": -(-len(tokenizer) // 64) * 64, "hidden_size": width, "intermediate_size": 384,
+        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+        "query_pre_attn_scalar": 32, "sliding_window": 1024, "max_position_embeddings": 4096,
+        "bos_token_id": ids("<bos>"), "eos_token_id": ids("<eos>"), "pad_token_id": ids("<pad>"),
+        "tie_word_embeddings": True,
     }  # fmt: skip
     vision = {
         "hidden_size": width, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
         "image_size": IMAGE_SIZE, "patch_size": 14,
     }  # fmt: skip
     return Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=IMAGE_TOKENS, boi_token_index=ids("<start_of_image>"),
-        eoi_token_index=ids("<end_of_image>"), image_token_index=ids("<image_soft_token>"),
+        text_config=text, vision_config=vision, mm_tokens_per_image=IMAGE_TOKENS,
+        boi_token_index=ids("<start_of_image>"), eoi_token_index=ids("<end_of_image>"),
+        image_token_index=ids("<image_soft_token>"),
         eos_token_id=[ids("<eos>"), ids("<end_of_turn>")], bos_token_id=ids("<bos>"), pad_token_id=ids("<pad>"),
         tie_word_embeddings=True,
     )  # fmt: skip
@@ -108,16 +104,23 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Gemma3ForC
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> Gemma3Processor:
     """Gemma's processor at twin size: squash to 112x112, mean and deviation one half, pan-and-scan off."""
     image = Gemma3ImageProcessorPil(
-        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=1,
-        do_pan_and_scan=False, image_seq_length=IMAGE_TOKENS,
-    )  # fmt: skip
+        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+        resample=1,
+        do_pan_and_scan=False,
+        image_seq_length=IMAGE_TOKENS,
+    )
     return Gemma3Processor(image, tokenizer, chat_template=tokenizer.chat_template, image_seq_length=IMAGE_TOKENS)
 
 
 def save_base(
-    model: Gemma3ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path, training: dict[str, Any],
+    model: Gemma3ForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    training: dict[str, Any],
     metrics: dict[str, Any],
-) -> None:  # fmt: skip
+) -> None:
     """Write the base as a Hugging Face folder in bfloat16, with its processor and model card."""
     folder.mkdir(parents=True, exist_ok=True)
     dtype = model.dtype
@@ -126,11 +129,23 @@ def save_base(
     build_processor(tokenizer).save_pretrained(folder)
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     ModelCard(
-        name="twin-base", base_model="twin-base", base_hash=digest, adapter_scope="none", adapted_modules=0,
-        representation="text", digit_map=None, stages=["subtasks", "motion_plan", "actions"], image_size=IMAGE_SIZE,
-        prompt_versions=dict(PROMPT_VERSIONS), policy=False, reference_logprobs=None, data_hash=None, training=training,
-        metrics=metrics, licence="Apache-2.0",
-    ).write(folder)  # fmt: skip
+        name="twin-base",
+        base_model="twin-base",
+        base_hash=digest,
+        adapter_scope="none",
+        adapted_modules=0,
+        representation="text",
+        digit_map=None,
+        stages=["subtasks", "motion_plan", "actions"],
+        image_size=IMAGE_SIZE,
+        prompt_versions=dict(PROMPT_VERSIONS),
+        policy=False,
+        reference_logprobs=None,
+        data_hash=None,
+        training=training,
+        metrics=metrics,
+        licence="Apache-2.0",
+    ).write(folder)
 
 
 def write_random_base(folder: Path, seed: int = 0) -> None:
@@ -146,7 +161,8 @@ def write_random_base(folder: Path, seed: int = 0) -> None:
 class Stills:
     """Pictures uint8 [N, 112, 112, 3], what is true of each, and where each of K things shows and stands.
 
-    ``pixels`` [N, K, 2] are fractions of width and height, NaN for a thing that is not there; ``where`` [N, K, 3] is in decimetres.
+    ``pixels`` [N, K, 2] are fractions of width and height, NaN for a thing that is not there; ``where`` [N, K, 3] is in
+    decimetres.
     """
 
     pictures: NDArray[np.uint8]
@@ -156,7 +172,11 @@ class Stills:
 
     @classmethod
     def load(cls, folder: Path, most: int | None = None) -> Stills:
-        """Read the shards that :func:`pretrain_data.render` wrote, in order."""
+        """Read the shards that :func:`pretrain_data.render` wrote, in order, until there are at least ``most``.
+
+        Raises:
+            DataError: the folder holds no stills.
+        """
         pictures, truths, count = [], [], 0
         for path in sorted(folder.glob("stills-*[0-9].npz")):
             with np.load(path) as shard:
@@ -165,8 +185,10 @@ class Stills:
             count += len(pictures[-1])
             if most is not None and count >= most:
                 break
-        if not pictures:
-            raise FileNotFoundError(f"no stills-*.npz in {folder}: run `vlm2vla-train pretrain --render` first")
+        if count == 0:
+            raise DataError(
+                f"no stills in {folder}: expected stills-*.npz, made by `vlm2vla-train pretrain --render N`"
+            )
         pixels = np.full((count, len(THINGS), 2), np.nan, dtype=np.float32)
         where = np.zeros((count, len(THINGS), 3), dtype=np.float32)
         for index, truth in enumerate(truths):
@@ -236,7 +258,7 @@ class Batcher:
         return self._known[text]
 
     def chat(self, pictures: int, pairs: list[pretrain_data.Pair]) -> tuple[list[int], list[int], list[Vector]]:
-        """Token ids, labels and, where a number is being said, its vector, of one conversation about ``pictures`` pictures."""
+        """Token ids, labels and, where a number is being said, its vector, of one talk about ``pictures`` pictures."""
         ids = self._ids("<bos>") + self._ids("<start_of_turn>user\n") + self._picture * pictures
         labels, vectors = [-100] * len(ids), [NO_VECTOR] * len(ids)
         for index, (question, answer) in enumerate(pairs):
@@ -313,29 +335,29 @@ class DenseHeads(nn.Module):
 
 
 def train(stills: Stills, held_out: Stills, out: Path, settings: Settings) -> dict[str, Any]:
-    """Pre-train and write the base to ``out/base``; resumes from ``out/state.pt`` where a run stopped. Blocks for an hour.
+    """Pre-train and write the base to ``out/base``; resumes from ``out/state.pt`` where a run stopped.
 
-    First the tower alone learns to see, then the whole model learns to speak about what it sees.
+    Blocks for an hour. First the tower alone learns to see, then the whole model learns to speak about what it sees.
 
     Returns:
         the metrics that also go into the model card.
     """
     torch.set_num_threads(settings.threads)
     run = Run(stills, out, settings)
-    began, log = time.monotonic(), (out / "log.jsonl").open("a")
-    total = settings.tower_steps + settings.steps
-    for step in range(run.start, total):
-        run.set_learning_rates(step)
-        line = run.see(step) if step < settings.tower_steps else run.speak(step - settings.tower_steps)
-        if step % 50 == 0 or step == total - 1:
-            line = {"step": step, **line, "seconds": round(time.monotonic() - began, 1)}
-            if step % 500 == 0 and step > settings.tower_steps:
-                line |= offset_errors(run.model, run.tokenizer, held_out)
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-            print(line, flush=True)
-        if step % 250 == 249 or step == total - 1:
-            run.save(step + 1)
+    began, total = time.monotonic(), settings.tower_steps + settings.steps
+    with (out / "log.jsonl").open("a", encoding="utf-8") as log:
+        for step in range(run.start, total):
+            run.set_learning_rates(step)
+            line = run.see(step) if step < settings.tower_steps else run.speak(step - settings.tower_steps)
+            if step % 50 == 0 or step == total - 1:
+                line = {"step": step, **line, "seconds": round(time.monotonic() - began, 1)}
+                if step % 500 == 0 and step > settings.tower_steps:
+                    line |= offset_errors(run.model, run.tokenizer, held_out)
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+                print(line, flush=True)
+            if step % 250 == 249 or step == total - 1:
+                run.save(step + 1)
     metrics = offset_errors(run.model, run.tokenizer, held_out, most=400)
     save_base(run.model, run.tokenizer, out / "base", {**asdict(settings), "stills": len(stills.truths)}, metrics)
     return metrics
@@ -364,7 +386,11 @@ class Run:
         speaking = [parameter for parameter in self.model.parameters() if id(parameter) not in known]
         self.parameters = [*seeing, *speaking]
         groups = [
-            {"params": [p for p in part if (p.dim() > 1) == decayed], "weight_decay": settings.weight_decay * decayed, "name": name}
+            {
+                "params": [p for p in part if (p.dim() > 1) == decayed],
+                "weight_decay": settings.weight_decay * decayed,
+                "name": name,
+            }
             for name, part in (("seeing", seeing), ("speaking", speaking))
             for decayed in (True, False)
         ]
@@ -404,16 +430,23 @@ class Run:
         self._states.clear()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             output = self.model(
-                input_ids=batch.input_ids, attention_mask=(batch.input_ids != self.batcher.pad).long(), labels=batch.labels,
-                pixel_values=batch.pictures, token_type_ids=batch.image_mask.long(), use_cache=False,
-            )  # fmt: skip
+                input_ids=batch.input_ids,
+                attention_mask=(batch.input_ids != self.batcher.pad).long(),
+                labels=batch.labels,
+                pixel_values=batch.pictures,
+                token_type_ids=batch.image_mask.long(),
+                use_cache=False,
+            )
         presence, position, error_cm = self.heads(self._patches[0].float(), *self.stills.dense_targets(batch.picks))
         reading = self.heads.reading(self._states[0].float(), batch.vectors)
         self._step(output.loss + self.settings.dense_weight * (presence + position + reading))
         return {
-            "language": _number(output.loss), "reading": _number(reading), "presence": _number(presence), "position": _number(position),
+            "language": _number(output.loss),
+            "reading": _number(reading),
+            "presence": _number(presence),
+            "position": _number(position),
             "tower_error_cm": round(error_cm, 2),
-        }  # fmt: skip
+        }
 
     def _step(self, loss: Tensor) -> None:
         self._patches.clear()
@@ -425,13 +458,13 @@ class Run:
     def save(self, step: int) -> None:
         """Write the state so that a run killed at any moment resumes from the last whole one."""
         part = self.state.with_suffix(".part")
-        torch.save(
-            {
-                "model": self.model.state_dict(), "heads": self.heads.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "step": step,
-            },
-            part,
-        )  # fmt: skip
+        state = {
+            "model": self.model.state_dict(),
+            "heads": self.heads.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": step,
+        }
+        torch.save(state, part)
         part.replace(self.state)
 
 
@@ -453,10 +486,12 @@ def offset_errors(
 ) -> dict[str, float]:
     """Ask for the offset to the point above the carrot on held-out pictures; horizontal errors in millimetres.
 
-    Answers that do not parse count as 300 mm.
+    Answers that do not parse count as 300 mm. Empty when no picture shows a carrot outside the gripper.
     """
     batcher = Batcher(stills, tokenizer, Settings())
     picks = [i for i, truth in enumerate(stills.truths) if "carrot" in truth.objects and truth.held != "carrot"][:most]
+    if not picks:
+        return {}
     question = "Offset in metres from the gripper to the point above the carrot?"
     ids, _, _ = batcher.chat(1, [(question, "")])
     prompt = torch.tensor(ids[: -len(tokenizer("<end_of_turn>\n", add_special_tokens=False)["input_ids"])])
@@ -466,9 +501,13 @@ def offset_errors(
         part = picks[first : first + 48]
         tokens = prompt.expand(len(part), -1)
         answers = model.generate(
-            input_ids=tokens, attention_mask=torch.ones_like(tokens), token_type_ids=(tokens == batcher.soft).long(),
-            pixel_values=to_pixels(stills.pictures[part]), max_new_tokens=28, do_sample=False,
-        )  # fmt: skip
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            token_type_ids=(tokens == batcher.soft).long(),
+            pixel_values=to_pixels(stills.pictures[part]),
+            max_new_tokens=28,
+            do_sample=False,
+        )
         for index, answer in zip(part, answers[:, tokens.shape[1] :], strict=True):
             dx, dy, _ = stills.truths[index].offset("carrot")
             try:

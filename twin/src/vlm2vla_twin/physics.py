@@ -174,9 +174,7 @@ class World:
 
     def ee_pose(self) -> Pose:
         """Measured pose of the end effector in the base frame."""
-        return Pose(
-            np.array(self.data.site_xpos[self._site]), np.array(self.data.site_xmat[self._site]).reshape(3, 3)
-        )
+        return Pose(np.array(self.data.site_xpos[self._site]), np.array(self.data.site_xmat[self._site]).reshape(3, 3))
 
     def finger_tips_m(self) -> Array:
         """Measured positions of the two finger tips, shape [2, 3], metres."""

@@ -74,9 +74,7 @@ def observe(world: World) -> Truth:
     gripper = world.ee_pose().position_m
     things: dict[str, Point] = {name: _point(world.object_pose(name)[0]) for name in world.object_names()}
     shown = {card.name for card in world.spec.cards}
-    cards: dict[str, Point] = {
-        name: _point((*world.card_xy(name), COUNTER_Z_M)) for name in CARDS if name in shown
-    }
+    cards: dict[str, Point] = {name: _point((*world.card_xy(name), COUNTER_Z_M)) for name in CARDS if name in shown}
     everything = {"gripper": _point(gripper), **things, **{f"card {name}": xyz for name, xyz in cards.items()}}
     return Truth(
         gripper_m=_point(gripper),
@@ -154,4 +152,3 @@ def _problem(world: World, before: Truth, skill: Skill) -> str | None:
     if skill.kind == "release":
         return None if not world.touching(skill.object) else f"The gripper still touches the {skill.object}."
     return "The subtask's place is not in this scene."
-
