@@ -170,15 +170,8 @@ class Policy:
         except TimeoutError:
             if text.pieces:
                 failures.append(FailedAttempt(stage.name, text.raw, "deadline", "the deadline passed while generating"))
-            raise DeadlineExceeded(
-                f"the deadline passed in stage {stage.name!r} after {len(failures)} attempt(s); "
-                "allow more with deadline_ms, or ask again",
-                details=attempt_details([failure.details() for failure in failures]),
-            ) from None
-        raise UnparseableOutput(
-            f"stage {stage.name!r}: no text of {len(failures)} attempt(s) is acceptable; last: {failures[-1].problem}",
-            details=attempt_details([failure.details() for failure in failures]),
-        )
+            raise _too_late(stage.name, failures) from None
+        raise _unparseable(stage.name, failures)
 
     @staticmethod
     def _check_deadline(clocking: Clocking) -> None:
@@ -240,6 +233,21 @@ async def _closing(deltas: AsyncIterator[Delta]) -> AsyncIterator[AsyncIterator[
         close = getattr(deltas, "aclose", None)
         if close is not None:
             await close()
+
+
+def _too_late(stage: str, failures: Sequence[FailedAttempt]) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        f"the deadline passed in stage {stage!r} after {len(failures)} attempt(s); allow more with deadline_ms, or ask "
+        "again",
+        details=attempt_details([failure.details() for failure in failures]),
+    )
+
+
+def _unparseable(stage: str, failures: Sequence[FailedAttempt]) -> UnparseableOutput:
+    return UnparseableOutput(
+        f"stage {stage!r}: no text of {len(failures)} attempt(s) is acceptable; last: {failures[-1].problem}",
+        details=attempt_details([failure.details() for failure in failures]),
+    )
 
 
 def _request(

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from vlm2vla_schema.images import MAX_PIXELS
 from vlm2vla_server.errors import ConfigurationError
 
 ENGINES = ("vllm", "transformers", "openai")
@@ -39,7 +40,7 @@ class Settings:
     api_key: str | None = field(default=None, repr=False)
     max_concurrency: int = 8
     max_body_mb: int = 16
-    max_image_pixels: int = 25_000_000
+    max_image_pixels: int = MAX_PIXELS
     max_row_translation_m: float = 0.10
     body_timeout_s: float = 30.0
     threads: int = 0
