@@ -19,7 +19,7 @@ GRASPABLE = tuple(name for name, kind in KINDS.items() if kind.graspable)
 _X_M, _Y_M = (0.20, 0.38), (-0.15, 0.15)
 _CLEARANCE_M = {"plate": 0.075, "pan": 0.09}
 _OBJECT_CLEARANCE_M = 0.035
-_TRIES = 200
+_TRIES = 20_000
 
 
 @dataclass(frozen=True)
