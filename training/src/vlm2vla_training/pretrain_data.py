@@ -144,16 +144,25 @@ def still(seed: int) -> tuple[NDArray[np.uint8], Truth] | None:
 def _shard(job: tuple[int, int, str]) -> str:
     first, count, folder = job
     path = Path(folder) / f"stills-{first:07d}.npz"
-    if not path.exists():
+    if not _holds(path, count):
         kept = [pair for seed in range(first, first + count) if (pair := still(seed)) is not None]
         part = path.with_suffix(".part.npz")
         np.savez(
             part,
-            pictures=np.stack([picture for picture, _ in kept]),
-            truths=np.array([json.dumps(truth.as_dict()) for _, truth in kept]),
+            pictures=np.array([picture for picture, _ in kept], np.uint8).reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3),
+            truths=np.array([json.dumps(truth.as_dict()) for _, truth in kept], np.str_),
+            seeds=np.array([first, count]),
         )
         part.replace(path)
     return str(path)
+
+
+def _holds(path: Path, count: int) -> bool:
+    """Whether a shard exists and is not the shorter last one of an earlier, smaller rendering."""
+    if not path.exists():
+        return False
+    with np.load(path) as shard:
+        return "seeds" not in shard or int(shard["seeds"][1]) >= count
 
 
 def render(folder: Path, first_seed: int, count: int, workers: int = 1, shard: int = 1000) -> Iterator[Path]:
