@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     if args.command == "pretrain":
         args.rest = rest
-    elif rest:
+    elif rest and args.command not in _NOT_BUILT:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return _dispatch(args)
@@ -53,12 +53,12 @@ def _dispatch(args: argparse.Namespace) -> int:
     module, function = args.target.split(":")
     try:
         run = getattr(importlib.import_module(f"vlm2vla_training.{module}"), function)
+        return int(run(args))
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get((error.name or "").split(".")[0])
         if extra is None:
             raise
         raise MissingExtraError(f"{error.name} is missing; install vlm2vla-training[{extra}]") from error
-    return int(run(args))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -146,11 +146,10 @@ def _add_pretrain(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def run_pretrain(args: argparse.Namespace) -> int:
-    """Hand the remaining arguments to pretrain.main, which has its own parser."""
-    from vlm2vla_training import pretrain
+    """Hand the remaining arguments to pretrain_command.main, which has its own parser."""
+    from vlm2vla_training import pretrain_command
 
-    run = getattr(pretrain, "main")  # noqa: B009 - found at run time, so that --help needs no torch
-    return int(run(args.rest) or 0)
+    return pretrain_command.main(args.rest)
 
 
 def _add_sft(commands: Commands[argparse.ArgumentParser]) -> None:
