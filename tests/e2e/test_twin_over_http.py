@@ -45,6 +45,14 @@ def serve(tmp_path: Path, expert: RecordedEpisode) -> Iterator[list[ServerProces
         server.close()
 
 
+@pytest.fixture(scope="module")
+def reciting(tmp_path_factory: pytest.TempPathFactory, expert: RecordedEpisode) -> Iterator[ServerProcess]:
+    """One server for the tests that leave it alive."""
+    server = ServerProcess(tmp_path_factory.mktemp("reciting"), texts_of(expert))
+    yield server
+    server.close()
+
+
 def run(
     server: ServerProcess, folder: Path, progress: Progress | None = None, **changes: object
 ) -> tuple[EpisodeResult, RecordedEpisode]:
@@ -60,10 +68,9 @@ def run(
 @pytest.mark.parametrize("execute", ["whole", "streamed"])
 @pytest.mark.parametrize("verifiers", [("server",), ("twin",)])
 def test_the_experts_words_over_http_pick_the_carrot(
-    serve: list[ServerProcess], tmp_path: Path, expert: RecordedEpisode, execute: str, verifiers: tuple[str, ...]
+    reciting: ServerProcess, tmp_path: Path, expert: RecordedEpisode, execute: str, verifiers: tuple[str, ...]
 ) -> None:
-    serve.append(ServerProcess(tmp_path / "server", texts_of(expert)))
-    result, episode = run(serve[0], tmp_path / "episode", execute=execute, verifiers=verifiers)
+    result, episode = run(reciting, tmp_path / "episode", execute=execute, verifiers=verifiers)
     assert (result.exit_code, result.verified, result.success) == (0, True, True), result.message
     assert result.physics is not None and result.physics["score"] == result.physics["max_score"] == 2
     rows = [[event["row"] for event in recording.of("decision")] for recording in (expert, episode)]

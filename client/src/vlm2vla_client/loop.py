@@ -153,18 +153,19 @@ class _Episode:
         parts.moves.begin(self.cycles, index, f"{index + 1}/{len(self.subtasks)}  {subtask}")
         parts.progress.cycle(self.cycles, index + 1, len(self.subtasks), subtask)
         parts.progress.waiting("planning")
-        before, number = self._frame()
+        before = parts.camera.latest(MAX_FRAME_AGE_S, FRAME_TIMEOUT_S)
         captured_m = np.array(parts.robot.state().ee_position_m, dtype=np.float64)
         sent_s = parts.clock.now_s()
         frame_age_s = sent_s - before.stamp_s
-        self._record(
-            "request", stage="cycle", subtask=subtask, frame=number, frame_id=before.frame_id, frame_age_s=frame_age_s
-        )
         arrivals = Arrivals(
             parts.policy.cycle(before, subtask, self._asked(self.config.max_answer_age_s)),
             parts.clock,
             self.config.max_answer_age_s,
             parts.watch.check,
+        )
+        number = parts.recorder.frame(before)  # while the request is on its way: a slow disk must not age the frame
+        self._record(
+            "request", stage="cycle", subtask=subtask, frame=number, frame_id=before.frame_id, frame_age_s=frame_age_s
         )
         answer = Answer(arrivals, parts, self.config, self._record, sent_s, frame_age_s)
         try:
