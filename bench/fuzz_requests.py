@@ -40,14 +40,17 @@ class Findings:
     slowest_s: float = 0.0
 
 
-async def fuzz(url: str, first_seed: int, count: int, callers: int, huge_bytes: int) -> Findings:
-    """Send the requests of seeds first_seed .. first_seed + count - 1, `callers` at a time."""
+async def fuzz(url: str, first_seed: int, count: int, callers: int, huge_bytes: int, limit_s: float) -> Findings:
+    """Send the requests of seeds first_seed .. first_seed + count - 1, `callers` at a time, for at most limit_s."""
     found = Findings()
     seeds = iter(range(first_seed, first_seed + count))
     image = image_bytes()
+    end_s = time.monotonic() + limit_s
 
     async def caller(client: httpx.AsyncClient) -> None:
         for seed in seeds:
+            if time.monotonic() > end_s:
+                return
             request = mutate(seed, image, huge_bytes)
             headers = [(k.encode(), v.encode("latin-1")) for k, v in request.headers.items()]
             began_s = time.monotonic()
@@ -80,6 +83,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--callers", type=int, default=4)
+    parser.add_argument("--limit-s", type=float, default=3600.0, help="stop after this time and report what was sent")
     parser.add_argument("--huge-mb", type=int, default=17, help="size of the oversized bodies; the server takes 16")
     options = parser.parse_args()
     if bool(options.url) == bool(options.model):
@@ -92,11 +96,14 @@ def main() -> int:
             arguments = ["--engine", "transformers", "--model", options.model]
             arguments += ["--adapter", options.adapter] if options.adapter else []
             url = stack.enter_context(live_server(arguments, Path(folder) / "server.log")).url
-        found = asyncio.run(fuzz(url, options.first_seed, options.requests, options.callers, options.huge_mb * 2**20))
+        found = asyncio.run(
+            fuzz(url, options.first_seed, options.requests, options.callers, options.huge_mb * 2**20, options.limit_s)
+        )
     print(
         json.dumps(
             {
-                "requests": options.requests,
+                "requests_asked": options.requests,
+                "requests_sent": sum(found.kinds.values()),
                 "statuses": {str(k): v for k, v in sorted(found.statuses.items())},
                 "kinds": dict(found.kinds.most_common()),
                 "slowest_s": round(found.slowest_s, 2),
