@@ -163,6 +163,7 @@ class _Episode:
             self.config.max_answer_age_s,
             parts.watch.check,
         )
+        parts.moves.look(before)
         number = parts.recorder.frame(before)  # while the request is on its way: a slow disk must not age the frame
         self._record(
             "request", stage="cycle", subtask=subtask, frame=number, frame_id=before.frame_id, frame_age_s=frame_age_s
@@ -246,6 +247,7 @@ class _Episode:
         parts.progress.waiting("verifying")
         parts.clock.sleep_s(self.config.settle_s)
         after = parts.camera.after(parts.clock.now_s(), FRAME_TIMEOUT_S)
+        parts.moves.look(after)
         after_number = parts.recorder.frame(after)
         next_subtask = self.subtasks[index + 1] if index + 1 < len(self.subtasks) else None
         asked_s = time.monotonic()

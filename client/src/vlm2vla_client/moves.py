@@ -145,6 +145,10 @@ class Moves:
             except ClientError:
                 return  # an animation with a missing picture is no reason to stop
 
+    def look(self, frame: Frame) -> None:
+        """A picture that somebody else took (for the policy, for the verifier); the animation wants it too."""
+        self._show(frame)
+
     def _show(self, frame: Frame) -> None:
         if self._display is not None:
             self._display(frame, self._caption)
