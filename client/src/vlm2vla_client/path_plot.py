@@ -60,7 +60,7 @@ def _grid() -> str:
     for centimetres in range(-20, 21, 10):
         (x, top), (_, low) = _screen(X_RANGE_M[1], centimetres / 100), _screen(X_RANGE_M[0], centimetres / 100)
         parts.append(f'<line class="axis" x1="{x:.0f}" y1="{top:.0f}" x2="{x:.0f}" y2="{low:.0f}"/>')
-        parts.append(f'<text class="tick" x="{x:.0f}" y="{low + 14:.0f}" text-anchor="middle">{centimetres:+d}</text>')
+        parts.append(f'<text class="tick" x="{x:.0f}" y="{low + 14:.0f}" text-anchor="middle">{centimetres}</text>')
     return "".join(parts)
 
 
