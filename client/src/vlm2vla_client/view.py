@@ -157,7 +157,8 @@ def _cycle(episode: RecordedEpisode, number: int, events: Sequence[Mapping[str, 
     )
     words = f'<p class="plan">{esc(plan)}</p>' if plan else ""
     right = words + _rows(events) + "".join(_verdict(event) for event in verdicts) + _notes(events) + _raw(events)
-    return f'<section class="card">{head}<div class="two"><div class="pictures">{picture}</div><div>{right}</div></div></section>'
+    left = f'<div class="pictures">{picture}</div>'
+    return f'<section class="card">{head}<div class="two">{left}<div>{right}</div></div></section>'
 
 
 def _cycles(episode: RecordedEpisode) -> str:
