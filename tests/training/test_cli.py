@@ -19,7 +19,7 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("command", UNBUILT)
 def test_what_is_not_built_says_so(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([command]) == 2
+    assert main([command]) == 2 and main([command, "--model", "x", "--out", "y"]) == 2
     assert "not built yet" in capsys.readouterr().err
 
 

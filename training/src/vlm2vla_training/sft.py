@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from vlm2vla_schema.types import ModelCard
@@ -210,6 +210,7 @@ def build_trainer(
         peft_config=None if args.full_finetune else lora,
         callbacks=[JsonlLog(args.out / LOG_FILE)],
     )
+    trainer.remove_callback(PrinterCallback)  # JsonlLog says the same in one line
     adapted = sum(name.endswith(".lora_A") for name, _ in trainer.model.named_modules())
     expected = 0 if args.full_finetune else LINEARS_PER_LAYER * layers
     if adapted != expected:
