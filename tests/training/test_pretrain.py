@@ -211,15 +211,20 @@ def test_a_batch_is_a_function_of_its_step(tokenizer: Any) -> None:
 
 
 def test_dense_targets_mark_the_patch_that_shows_the_thing() -> None:
-    here, where = stills().dense_targets(np.array([2, 0]))
-    assert here.shape == (2, IMAGE_TOKENS, len(THINGS)) and where.shape == (2, 1, len(THINGS), 3)
+    targets = stills().dense_targets(np.array([2, 0]))
+    here = targets.here
+    assert here.shape == (2, IMAGE_TOKENS, len(THINGS)) and targets.values.shape == (2, IMAGE_TOKENS, 7)
     carrot = here[0, :, THINGS.index("carrot")].reshape(8, 8)
     assert carrot.nonzero().tolist() == [[5, 2]], "the centre of patch row 5, column 2"
     assert here[0, :, THINGS.index("gripper")].reshape(8, 8).nonzero().tolist() == [[3, 3], [3, 4], [4, 3], [4, 4]]
     assert here[0, :, THINGS.index("card cat")].reshape(8, 8).nonzero().tolist() == [[7, 0]]
     assert float(here[:, :, THINGS.index("plate")].sum()) == 0.0
-    assert where[0, 0, THINGS.index("carrot")].tolist() == pytest.approx([2.2, 0.5, 0.14])
-    assert where[1, 0, THINGS.index("carrot")].tolist() == pytest.approx([2.0, 0.5, 0.14])
+    shown = targets.values[0, 5 * 8 + 2]
+    assert shown[4:].tolist() == pytest.approx([2.2, 0.5, 0.14]), "the carrot's position in decimetres"
+    gripper = targets.values[0, 3 * 8 + 3, 4:]
+    assert shown[:3].tolist() == pytest.approx((shown[4:] - gripper).tolist(), abs=1e-5), "its offset from the gripper"
+    assert targets.digits[0, 5 * 8 + 2, 4].tolist() == [0, 2, 2, 0], "0.220 m: plus, 2, 2, 0"
+    assert bool(targets.there[0, 5 * 8 + 2]) and not bool(targets.there[0, 8])
 
 
 # --- the run and its command

@@ -95,6 +95,10 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Gemma3ForC
             nn.init.normal_(module.weight, std=0.06)
     nn.init.normal_(model.model.vision_tower.get_input_embeddings().weight, std=0.04)
     nn.init.normal_(model.get_input_embeddings().weight, std=0.06)
+    for layer in model.model.language_model.layers:
+        # Queries and keys are normalised: at the usual start no token can attend sharply to one patch of many.
+        nn.init.constant_(layer.self_attn.q_norm.weight, 0.7)
+        nn.init.constant_(layer.self_attn.k_norm.weight, 0.7)
     generation: Any = model.generation_config
     generation.eos_token_id = model.config.eos_token_id
     generation.bos_token_id, generation.pad_token_id = model.config.bos_token_id, model.config.pad_token_id
@@ -198,14 +202,49 @@ class Stills:
                 where[index, slot] = np.asarray(truth.position(name.removeprefix("card "))) * 10.0
         return cls(np.concatenate(pictures), truths, pixels, where)
 
-    def dense_targets(self, picks: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Per patch and thing: is it here [B, 64, K], and where does it stand in decimetres [B, 1, K, 3]."""
+    def dense_targets(self, picks: NDArray[np.int64]) -> DenseTargets:
+        """What every patch of the picked stills shows, for the tower's dense heads."""
         centres = (np.arange(PATCHES) + 0.5) / PATCHES
         v, u = np.meshgrid(centres, centres, indexing="ij")
         grid = np.stack([u, v], axis=-1).reshape(1, IMAGE_TOKENS, 1, 2)
-        distance = np.abs(grid - self.pixels[picks][:, None]).max(axis=-1)
-        here = np.nan_to_num(distance, nan=9.0) < 0.085
-        return torch.from_numpy(here.astype(np.float32)), torch.from_numpy(self.where[picks][:, None])
+        distance = np.nan_to_num(np.abs(grid - self.pixels[picks][:, None]).max(axis=-1), nan=9.0)
+        owner = distance.argmin(axis=-1)
+        there = np.take_along_axis(distance, owner[..., None], axis=-1)[..., 0] < REACH
+        gripper = self.where[picks][:, :1]
+        own = np.take_along_axis(self.where[picks], owner[..., None].repeat(3, axis=-1), axis=1)
+        above = np.broadcast_to(0.1 * 7.0 - gripper[..., 2:], own[..., :1].shape)
+        values = np.concatenate([own - gripper, above, own], axis=-1)
+        return DenseTargets(
+            torch.from_numpy((distance < REACH).astype(np.float32)), torch.from_numpy(there), torch.from_numpy(values),
+            torch.from_numpy(_digits(values)),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DenseTargets:
+    """What the tower's dense heads are taught about every patch.
+
+    ``here`` [B, 64, K]: which things it shows; ``there`` [B, 64]: whether it shows any. Of the nearest of them:
+    ``values`` [B, 64, 7] in decimetres (offset from the gripper, height of the point above, position) and their decimal
+    ``digits`` [B, 64, 7, 4].
+    """
+
+    here: Tensor
+    there: Tensor
+    values: Tensor
+    digits: Tensor
+
+
+REACH = 0.085
+DIGIT_CLASSES = (2, 6, 10, 10)
+"""Sign, decimetres, centimetres, millimetres."""
+
+
+def _digits(values_dm: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Sign and three digits of numbers in decimetres, as they are written in metres with three decimals."""
+    millimetres = np.rint(np.abs(values_dm) * 100.0).astype(np.int64)
+    negative = ((values_dm < 0) & (millimetres > 0)).astype(np.int64)
+    return np.stack([negative, np.minimum(millimetres // 100, 5), millimetres // 10 % 10, millimetres % 10], axis=-1)
 
 
 @dataclass(frozen=True)
@@ -305,24 +344,33 @@ def to_pixels(pictures: NDArray[np.uint8]) -> Tensor:
 
 
 class DenseHeads(nn.Module):
-    """Two linear readings of every patch of the vision tower: which things it shows and where they stand."""
+    """Linear readings of every patch of the vision tower: which things it shows, and where the one it shows stands.
+
+    The numbers are read by the same weights whatever the thing is, as values and as decimal digits: what the language
+    model has to say later lies ready in the patch that it has to find.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.here = nn.Linear(width, len(THINGS))
-        self.where = nn.Linear(width, len(THINGS) * 3)
+        self.value = nn.Linear(width, 7)
+        self.digit = nn.Linear(width, 7 * sum(DIGIT_CLASSES))
         self.said = nn.Linear(width, 3)
 
-    def forward(self, patches: Tensor, here: Tensor, where: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Losses of presence and position, and the mean position error in centimetres where a thing is."""
+    def forward(self, patches: Tensor, targets: DenseTargets) -> tuple[Tensor, Tensor, float]:
+        """Losses of presence and of position, and the mean horizontal error of the offsets in centimetres."""
         presence = nn.functional.binary_cross_entropy_with_logits(
-            self.here(patches), here, pos_weight=torch.tensor(8.0)
+            self.here(patches), targets.here, pos_weight=torch.tensor(8.0)
         )
-        guess = self.where(patches).view(*here.shape, 3)
-        error = nn.functional.smooth_l1_loss(guess, where.expand_as(guess), reduction="none", beta=0.2).sum(-1)
-        count = here.sum().clamp(min=1.0)
-        distance = ((guess - where)[..., :2].norm(dim=-1) * here).sum() / count
-        return presence, (error * here).sum() / count, float(distance.detach()) * 10.0
+        shown = patches[targets.there]
+        values, digits = targets.values[targets.there], targets.digits[targets.there]
+        guess = self.value(shown)
+        position = nn.functional.smooth_l1_loss(guess, values, beta=0.1)
+        logits = self.digit(shown).view(-1, 7, sum(DIGIT_CLASSES)).split(DIGIT_CLASSES, dim=-1)
+        for index, part in enumerate(logits):
+            position = position + 0.25 * nn.functional.cross_entropy(part.flatten(0, 1), digits[..., index].flatten())
+        distance = (guess - values)[:, :2].norm(dim=-1).mean()
+        return presence, position, float(distance.detach()) * 10.0
 
     def reading(self, states: Tensor, vectors: Tensor) -> Tensor:
         """Loss of reading the vector that is being said off a language layer's states [B, T, width]."""
@@ -419,7 +467,7 @@ class Run:
         picks = rng.integers(len(self.stills.truths), size=self.settings.tower_batch)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             patches = self.tower(to_pixels(self.stills.pictures[picks])).last_hidden_state
-        presence, position, error_cm = self.heads(patches.float(), *self.stills.dense_targets(picks))
+        presence, position, error_cm = self.heads(patches.float(), self.stills.dense_targets(picks))
         self._step(presence + position)
         return {"presence": _number(presence), "position": _number(position), "tower_error_cm": round(error_cm, 2)}
 
@@ -437,7 +485,7 @@ class Run:
                 token_type_ids=batch.image_mask.long(),
                 use_cache=False,
             )
-        presence, position, error_cm = self.heads(self._patches[0].float(), *self.stills.dense_targets(batch.picks))
+        presence, position, error_cm = self.heads(self._patches[0].float(), self.stills.dense_targets(batch.picks))
         reading = self.heads.reading(self._states[0].float(), batch.vectors)
         self._step(output.loss + self.settings.dense_weight * (presence + position + reading))
         return {

@@ -318,9 +318,21 @@ def q_card(truth: Truth, rng: np.random.Generator) -> Pair | None:
 
 
 QUESTIONS: tuple[tuple[Callable[[Truth, np.random.Generator], Pair | None], float], ...] = (
-    (q_offset_cm, 1.5), (q_offset_m, 2.0), (q_above_m, 2.5), (q_way, 1.5), (q_where, 1.2), (q_gripper, 1.2),
-    (q_held, 1.0), (q_there, 0.8), (q_list, 0.7), (q_compare, 0.8), (q_colour, 0.3), (q_translate, 0.6), (q_card, 1.0),
-)  # fmt: skip
+    (q_offset_cm, 1.0),
+    (q_offset_m, 2.5),
+    (q_above_m, 4.0),
+    (q_way, 1.5),
+    (q_where, 1.0),
+    (q_gripper, 1.2),
+    (q_held, 0.8),
+    (q_there, 0.5),
+    (q_list, 0.5),
+    (q_compare, 0.6),
+    (q_colour, 0.2),
+    (q_translate, 0.25),
+    (q_card, 1.2),
+)
+"""How often each kind is asked, relative to the others."""
 
 
 def user_text(rng: np.random.Generator) -> str:
