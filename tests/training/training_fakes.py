@@ -30,7 +30,7 @@ def episode_of(
         for _ in range(count):
             jitter = generator.normal(0.0, noise_m, 3) if noise_m else np.zeros(3)
             rows.append([dx / count + jitter[0], dy / count + jitter[1], dz / count + jitter[2], 0, 0, 0, gripper])
-    actions = np.round(np.array(rows, dtype=np.float64), 4)
+    actions = np.array(rows, dtype=np.float64).round(4)
     states = np.zeros_like(actions)
     states[1:, :3] = np.cumsum(actions[:-1, :3], axis=0)
     states[:, 6] = 1.0
