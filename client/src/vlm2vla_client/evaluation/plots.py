@@ -19,10 +19,8 @@ SERIES = ("#2d6a9f", "#c8553d", "#3b8a5a", "#8a5aa8", "#b8860b", "#4a7c7e")
 GOOD = "#3b8a5a"
 # From "never got there" (dark) to "nearly done" (light); faults, which end a trial from outside, in grey.
 FAILURES = {
-    "no_contact": "#7f2a1d", "no_contact_carrot": "#7f2a1d", "no_contact_eggplant": "#7f2a1d",
-    "not_grasped_carrot": "#b0452f", "not_grasped_eggplant": "#b0452f",
-    "not_placed_carrot": "#d9795f", "not_placed_eggplant": "#d9795f", "not_toward_fish": "#e6a08b",
-    "no_contact_fish": "#efc0ad", "not_lifted": "#efc0ad", "not_lifted_fish": "#f6dfd4",
+    "no_contact": "#7f2a1d", "not_grasped": "#b0452f", "not_placed": "#d9795f", "not_toward_fish": "#e6a08b",
+    "no_contact_fish": "#efc0ad", "not_lifted": "#f6dfd4",
 }  # fmt: skip
 FAULT = "#9aa3ae"
 
@@ -49,7 +47,10 @@ def success_bars(runs: Mapping[str, Mapping[str, SuiteSummary]]) -> str:
             height = 100 * suite.success_rate + top + 2
             axes.text(centre, height, f"{suite.successes}/{suite.trials}", ha="center", fontsize=8, color=SOFT)
     labels = [next(suites[name].label for suites in runs.values() if name in suites) for name in names]
-    axes.set_xticks(range(len(names)), [label.replace(" - ", "\n- ").replace(", ", ",\n") for label in labels])
+    axes.set_xticks(
+        range(len(names)),
+        [label.replace(" - ", "\n- ").replace(", ", ",\n").replace(" and P", "\nand P") for label in labels],
+    )
     axes.set_ylim(0, 112)
     axes.set_yticks(range(0, 101, 20))
     axes.set_ylabel("success rate [%]")
@@ -62,7 +63,8 @@ def success_bars(runs: Mapping[str, Mapping[str, SuiteSummary]]) -> str:
 def outcome_bars(suites: Mapping[str, SuiteSummary]) -> str:
     """Where trials ended: successes, and failures by the first stage that was missing, in per cent of each suite."""
     figure, axes = _figure(8.6, 1.5 + 0.42 * len(suites))
-    order = list(dict.fromkeys([*FAILURES, *(name for suite in suites.values() for name in suite.failures)]))
+    failed = {name: _merged(suite.failures) for name, suite in suites.items()}
+    order = list(dict.fromkeys([*FAILURES, *(kind for counts in failed.values() for kind in counts)]))
     labelled: set[str] = set()
 
     def part(place: int, left: float, count: int, total: int, colour: str, label: str) -> float:
@@ -78,11 +80,11 @@ def outcome_bars(suites: Mapping[str, SuiteSummary]) -> str:
                       color=INK if light else "white")  # fmt: skip
         return left + share
 
-    for place, suite in enumerate(suites.values()):
+    for place, (suite_name, suite) in enumerate(suites.items()):
         left = part(place, 0.0, suite.successes, suite.trials, GOOD, "success") if suite.successes else 0.0
         for name in order:
-            if name in suite.failures:
-                left = part(place, left, suite.failures[name], suite.trials, FAILURES.get(name, FAULT), name)
+            if name in failed[suite_name]:
+                left = part(place, left, failed[suite_name][name], suite.trials, FAILURES.get(name, FAULT), name)
     axes.set_yticks(range(len(suites)), [suite.label for suite in suites.values()])
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
@@ -91,6 +93,16 @@ def outcome_bars(suites: Mapping[str, SuiteSummary]) -> str:
     axes.grid(axis="x", color=GRID, zorder=0)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.02), frameon=False, fontsize=8)
     return _svg(figure)
+
+
+def _merged(failures: Mapping[str, int]) -> dict[str, int]:
+    """Failures by kind: which first object was missed is plain from the suite."""
+    counts: dict[str, int] = {}
+    for name, count in failures.items():
+        for ending in ("_carrot", "_eggplant") if name != "not_lifted_fish" else ("_fish",):
+            name = name.removesuffix(ending)
+        counts[name] = counts.get(name, 0) + count
+    return counts
 
 
 def latency_histogram(seconds: Sequence[float], statistics: Distribution) -> str:

@@ -101,6 +101,7 @@ def _facts(summary: Summary) -> str:
         "engine": str(server.get("engine", "-")),
         "cycles sampled again": str(summary.retried_cycles),
         "trials restarted": str(summary.restarted_trials),
+        "rows refused": ", ".join(f"{name} {count}" for name, count in summary.refusals.items()) or "none",
         "plans judged by hand": str(summary.overrides),
         "processor": str(summary.machine.get("processor", "-")),
     }

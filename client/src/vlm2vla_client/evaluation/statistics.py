@@ -5,6 +5,7 @@ Intervals are two-sided; counts of successes are binomial.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,12 +76,14 @@ def binomial_cdf(count: int, n: int, p: float) -> float:
     if p >= 1.0:
         return 0.0
     log_p, log_q = math.log(p), math.log1p(-p)
+    choose = _log_choose(n)
+    return min(1.0, math.fsum(math.exp(choose[k] + k * log_p + (n - k) * log_q) for k in range(count + 1)))
+
+
+@functools.lru_cache(maxsize=64)
+def _log_choose(n: int) -> tuple[float, ...]:
     whole = math.lgamma(n + 1)
-    terms = (
-        math.exp(whole - math.lgamma(k + 1) - math.lgamma(n - k + 1) + k * log_p + (n - k) * log_q)
-        for k in range(count + 1)
-    )
-    return min(1.0, math.fsum(terms))
+    return tuple(whole - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(n + 1))
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ class Summary:
     Attributes:
         cycle_s: wall time of one inference cycle, as in Table 3; ``verify_s`` that of one verdict.
         retried_cycles: cycles in which an answer had to be sampled again.
+        refusals: rows that the safety filter refused, by reason.
         splits: training, development or test, by the seeds.
     """
 
@@ -77,6 +78,7 @@ class Summary:
     verify_s: Distribution | None
     retried_cycles: int
     restarted_trials: int
+    refusals: dict[str, int]
     overrides: int
     commits: list[str]
     server: dict[str, Any] = field(default_factory=dict)
@@ -159,6 +161,7 @@ def summarise(trials: Sequence[Trial], server: Mapping[str, Any], overrides: int
         verify_s=describe([value for trial in trials for value in trial.verify_seconds]),
         retried_cycles=sum(trial.retried_cycles for trial in trials),
         restarted_trials=sum(trial.retries > 0 for trial in trials),
+        refusals=dict(sum((Counter(trial.refusals) for trial in trials), Counter())),
         overrides=overrides,
         commits=sorted({trial.commit for trial in trials if trial.commit is not None}),
         server=dict(server),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +24,7 @@ from vlm2vla_twin.physics import World
 from vlm2vla_twin.tasks import SUITES
 
 PolicyMaker = Callable[[SimRequest, World], Policy]
-_KEPT = ("request", "answer", "error", "verdict")
+_KEPT = ("request", "answer", "error", "verdict", "decision", "chunk")
 # The policy's own fault: it counts as a failed trial. Any other server error says nothing about the policy.
 _POLICY_FAULTS = ("AnswerUnusableError",)
 
@@ -42,7 +43,7 @@ class EventTape(Recorder):
         self._count = 0
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Keeps requests, answers, errors and verdicts."""
+        """Keeps requests, answers, errors, verdicts, decisions and how chunks ended."""
         if kind in _KEPT:
             self.events.append({"t_s": time.monotonic(), "event": kind, **fields})
 
@@ -175,6 +176,15 @@ def _line(
         retries=0,
         commit=commit,
         finished_utc=datetime.now(UTC).isoformat(timespec="seconds"),
+        refusals=dict(
+            Counter(
+                str(reason)
+                for event in events
+                if event["event"] == "decision" and event["verdict"] == "refuse"
+                for reason in event["reasons"]
+            )
+        ),
+        chunks=dict(Counter(str(event["outcome"]) for event in events if event["event"] == "chunk")),
         start={"objects": {item.name: item.position_m for item in spec.objects}, **spec.extra},
     )
 

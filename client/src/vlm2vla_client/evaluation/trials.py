@@ -32,7 +32,10 @@ class Trial:
         outcome, message: how the episode ended, as the loop says it.
         cycle_seconds: wall time of each inference cycle (plan and rows, D.6), failed answers included.
         retried_cycles: cycles in which the server sampled more than once, or gave no usable answer.
-        retries: how often the whole trial was started again because the server could not be reached.
+        refusals: rows that the safety filter refused, by reason. ``stale_frame`` and ``stale_answer`` in the twin
+            mean that this computer, not the policy, was too slow.
+        chunks: how the chunks ended, by outcome.
+        retries: how often the whole trial was started again after a fault of server, arm or camera.
     """
 
     suite: str
@@ -69,6 +72,8 @@ class Trial:
     commit: str | None
     finished_utc: str
     start: dict[str, Any] = field(default_factory=dict)
+    refusals: dict[str, int] = field(default_factory=dict)
+    chunks: dict[str, int] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, int]:
