@@ -15,7 +15,7 @@ from vlm2vla_schema.types import ModelCard
 from vlm2vla_training import pretrain
 from vlm2vla_training.cli import main
 from vlm2vla_training.errors import DataError, UsageError
-from vlm2vla_training.pretrain import IMAGE_TOKENS, THINGS, Batcher, Run, Stills, answer_vector
+from vlm2vla_training.pretrain import IMAGE_TOKENS, THINGS, Batcher, Run, Stills, answer_vector, independent_turns
 from vlm2vla_training.pretrain_command import HELD_OUT_SEED, build_parser, settings_from
 from vlm2vla_training.pretrain_data import NAMES
 from vlm2vla_training.pretrain_settings import Settings
@@ -161,25 +161,42 @@ def test_weights_follow_the_seed(tokenizer: Any) -> None:
 
 def test_the_loss_falls_on_answers_only(tokenizer: Any) -> None:
     pairs = [("Where is the carrot?", "12.0 cm forward, 3.4 cm left"), ("What colour is the pan?", "black")]
-    ids, labels, vectors = Batcher(stills(), tokenizer, Settings()).chat(1, pairs)
-    assert len(ids) == len(labels) == len(vectors)
+    chat = Batcher(stills(), tokenizer, Settings()).chat(1, pairs)
+    ids, labels = chat.ids, chat.labels
+    assert len(ids) == len(labels) == len(chat.vectors) == len(chat.turns)
     assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
     told = [token for token in labels if token != -100]
     asked = [token for token, label in zip(ids, labels, strict=True) if label == -100]
     assert tokenizer.decode(told) == "12.0 cm forward, 3.4 cm left<end_of_turn>black<end_of_turn>"
     assert tokenizer.decode(asked) == (
         "<bos><start_of_turn>user\n\n\n<start_of_image>" + "<image_soft_token>" * IMAGE_TOKENS + "<end_of_image>\n\n"
-        "Where is the carrot?<end_of_turn>\n<start_of_turn>model\n\n"
-        "<start_of_turn>user\nWhat colour is the pan?<end_of_turn>\n<start_of_turn>model\n\n"
+        "Where is the carrot?<end_of_turn>\n<start_of_turn>model\n"
+        "What colour is the pan?<end_of_turn>\n<start_of_turn>model\n"
     )
 
 
-def test_a_number_is_read_where_it_is_about_to_be_said(tokenizer: Any) -> None:
-    _, labels, vectors = Batcher(stills(), tokenizer, Settings()).chat(1, [("Where?", "12.0 cm forward"), ("?", "no")])
-    stated = [index for index, vector in enumerate(vectors) if not np.isnan(vector[0])]
-    answer = [index for index, label in enumerate(labels) if label != -100][: len(stated)]
-    assert [index + 1 for index in stated] == answer
-    assert vectors[stated[0]][0] == pytest.approx(1.2) and np.isnan(vectors[stated[0]][1])
+def test_a_number_is_read_before_it_is_said(tokenizer: Any) -> None:
+    chat = Batcher(stills(), tokenizer, Settings()).chat(1, [("Where?", "12.0 cm forward"), ("?", "no")])
+    stated = [index for index, vector in enumerate(chat.vectors) if not np.isnan(vector[0])]
+    assert tokenizer.decode([chat.ids[index] for index in stated]) == "<end_of_turn>\n<start_of_turn>model\n"
+    assert chat.labels[stated[-1] + 1] != -100 and all(chat.labels[index] == -100 for index in stated)
+    assert chat.vectors[stated[0]][0] == pytest.approx(1.2) and np.isnan(chat.vectors[stated[0]][1])
+
+
+def test_turns_see_the_pictures_and_themselves_alone(tokenizer: Any) -> None:
+    settings = Settings(batch=4, turns=3, two_pictures=0.5, text_only=0.0)
+    batch = Batcher(stills(), tokenizer, settings).batch(1)
+    seen, positions = independent_turns(batch)
+    turns = batch.turns[0]
+    second, third = (int((turns == turn).nonzero()[0, 0]) for turn in (2, 3))
+    assert bool(seen[0, 0, second, turns == 0].all()), "the pictures"
+    assert not bool(seen[0, 0, second, turns == 1].any()), "not the turn before"
+    assert not bool(seen[0, 0, second, second + 1 :].any()), "nothing later"
+    assert int(positions[0, second]) == int(positions[0, third]) == int((turns == 0).sum())
+    image = batch.image_mask[0].nonzero()[:, 0]
+    assert bool(seen[0, 0, image[0], image[IMAGE_TOKENS - 1]]), "a picture's tokens see one another"
+    if len(image) > IMAGE_TOKENS:
+        assert not bool(seen[0, 0, image[0], image[IMAGE_TOKENS]]), "but not those of a later picture"
 
 
 @pytest.mark.parametrize(
@@ -219,12 +236,13 @@ def test_dense_targets_mark_the_patch_that_shows_the_thing() -> None:
     assert here[0, :, THINGS.index("gripper")].reshape(8, 8).nonzero().tolist() == [[3, 3], [3, 4], [4, 3], [4, 4]]
     assert here[0, :, THINGS.index("card cat")].reshape(8, 8).nonzero().tolist() == [[7, 0]]
     assert float(here[:, :, THINGS.index("plate")].sum()) == 0.0
-    shown = targets.values[0, 5 * 8 + 2]
+    slot = THINGS.index("carrot")
+    shown, gripper = targets.values[0, slot], targets.values[0, THINGS.index("gripper"), 4:]
     assert shown[4:].tolist() == pytest.approx([2.2, 0.5, 0.14]), "the carrot's position in decimetres"
-    gripper = targets.values[0, 3 * 8 + 3, 4:]
     assert shown[:3].tolist() == pytest.approx((shown[4:] - gripper).tolist(), abs=1e-5), "its offset from the gripper"
-    assert targets.digits[0, 5 * 8 + 2, 4].tolist() == [0, 2, 2, 0], "0.220 m: plus, 2, 2, 0"
-    assert bool(targets.there[0, 5 * 8 + 2]) and not bool(targets.there[0, 8])
+    assert targets.values[0, slot + len(THINGS)].tolist() == shown.tolist(), "a thing has several slots"
+    assert targets.digits[0, slot, 4].tolist() == [0, 2, 2, 0], "0.220 m: plus, 2, 2, 0"
+    assert bool(targets.there[0, slot]) and not bool(targets.there[0, THINGS.index("plate")])
 
 
 # --- the run and its command

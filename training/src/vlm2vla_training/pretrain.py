@@ -1,7 +1,7 @@
 """The twin's base model: a small Gemma-3 trained from nothing on pictures of the twin and questions about them.
 
 Three pieces stand here in the order in which they run: the model, the batches, the training loop. Besides the language
-loss, two linear heads on the vision tower's patches say which things a patch shows and where those stand; they give the
+loss, linear heads on the vision tower's tokens say which things a patch shows and where things stand; they give the
 tower something to learn before the language model can read it, and are thrown away at the end. No robot action is in
 this data. The command line is in :mod:`vlm2vla_training.pretrain_command`.
 """
@@ -203,16 +203,15 @@ class Stills:
         return cls(np.concatenate(pictures), truths, pixels, where)
 
     def dense_targets(self, picks: NDArray[np.int64]) -> DenseTargets:
-        """What every patch of the picked stills shows, for the tower's dense heads."""
+        """What the tower's dense heads are taught about the picked stills."""
         centres = (np.arange(PATCHES) + 0.5) / PATCHES
         v, u = np.meshgrid(centres, centres, indexing="ij")
         grid = np.stack([u, v], axis=-1).reshape(1, IMAGE_TOKENS, 1, 2)
         distance = np.nan_to_num(np.abs(grid - self.pixels[picks][:, None]).max(axis=-1), nan=9.0)
-        owner = distance.argmin(axis=-1)
-        there = np.take_along_axis(distance, owner[..., None], axis=-1)[..., 0] < REACH
-        gripper = self.where[picks][:, :1]
-        own = np.take_along_axis(self.where[picks], owner[..., None].repeat(3, axis=-1), axis=1)
-        above = np.broadcast_to(0.1 * 7.0 - gripper[..., 2:], own[..., :1].shape)
+        there = ~np.isnan(self.pixels[picks, :, 0])[:, SLOTS]
+        where = self.where[picks]
+        own, gripper = where[:, SLOTS], where[:, :1]
+        above = np.broadcast_to(0.7 - gripper[..., 2:], own[..., :1].shape)
         values = np.concatenate([own - gripper, above, own], axis=-1)
         return DenseTargets(
             torch.from_numpy((distance < REACH).astype(np.float32)), torch.from_numpy(there), torch.from_numpy(values),
@@ -222,11 +221,11 @@ class Stills:
 
 @dataclass(frozen=True)
 class DenseTargets:
-    """What the tower's dense heads are taught about every patch.
+    """What the tower's dense heads are taught.
 
-    ``here`` [B, 64, K]: which things it shows; ``there`` [B, 64]: whether it shows any. Of the nearest of them:
-    ``values`` [B, 64, 7] in decimetres (offset from the gripper, height of the point above, position) and their decimal
-    ``digits`` [B, 64, 7, 4].
+    ``here`` [B, 64, K]: which things a patch shows. Every image token is also the slot of one thing: ``there`` [B, 64]
+    says whether that thing is in the picture, ``values`` [B, 64, 7] in decimetres its offset from the gripper, the
+    height of the point above and its position, and ``digits`` [B, 64, 7, 4] the same as decimal digits.
     """
 
     here: Tensor
@@ -235,6 +234,7 @@ class DenseTargets:
     digits: Tensor
 
 
+SLOTS = np.arange(IMAGE_TOKENS) % len(THINGS)
 REACH = 0.085
 DIGIT_CLASSES = (2, 6, 10, 10)
 """Sign, decimetres, centimetres, millimetres."""
@@ -257,6 +257,7 @@ class Batch:
     pictures: Tensor
     picks: NDArray[np.int64]
     vectors: Tensor
+    turns: Tensor
 
 
 Vector = tuple[float, float, float]
@@ -296,46 +297,78 @@ class Batcher:
             self._known[text] = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
         return self._known[text]
 
-    def chat(self, pictures: int, pairs: list[pretrain_data.Pair]) -> tuple[list[int], list[int], list[Vector]]:
-        """Token ids, labels and, where a number is being said, its vector, of one talk about ``pictures`` pictures."""
+    def chat(self, pictures: int, pairs: list[pretrain_data.Pair]) -> Chat:
+        """One conversation about ``pictures`` pictures, every turn as if it were the first."""
         ids = self._ids("<bos>") + self._ids("<start_of_turn>user\n") + self._picture * pictures
-        labels, vectors = [-100] * len(ids), [NO_VECTOR] * len(ids)
+        chat = Chat(ids, [-100] * len(ids), [NO_VECTOR] * len(ids), [0] * len(ids))
         for index, (question, answer) in enumerate(pairs):
-            head = self._ids("<start_of_turn>user\n") if index else []
-            asked = head + self._ids(question) + self._ids("<end_of_turn>\n<start_of_turn>model\n")
+            asked, end = self._ids(question), self._ids("<end_of_turn>\n<start_of_turn>model\n")
             told = self._ids(answer) + self._ids("<end_of_turn>")
-            ids += asked + told + self._ids("\n")
-            labels += [-100] * len(asked) + told + [-100]
-            vectors += [NO_VECTOR] * (len(asked) - 1) + [answer_vector(answer)] * len(told) + [NO_VECTOR] * 2
-        return ids, labels, vectors
+            chat.ids.extend(asked + end + told)
+            chat.labels.extend([-100] * len(asked + end) + told)
+            # Only before the answer: once a number is said, it could be read off the text.
+            chat.vectors.extend([NO_VECTOR] * len(asked) + [answer_vector(answer)] * len(end) + [NO_VECTOR] * len(told))
+            chat.turns.extend([index + 1] * len(asked + end + told))
+        return chat
 
     def batch(self, step: int) -> Batch:
         """The batch of one step, a pure function of the settings' seed and ``step``."""
         rng = np.random.default_rng([11, self._settings.seed, step])
-        rows: list[tuple[list[int], list[int], list[Vector]]] = []
+        rows: list[Chat] = []
         chosen: list[int] = []
         for _ in range(self._settings.batch):
             draw = rng.random()
             if draw < self._settings.text_only:
                 ids = self._ids("<bos>") + self._ids("<start_of_turn>user\n") + self._ids(pretrain_data.user_text(rng))
                 ids = ids + self._ids("<end_of_turn>\n")
-                rows.append((ids, [-100, *ids[1:]], [NO_VECTOR] * len(ids)))
+                rows.append(Chat(ids, [-100, *ids[1:]], [NO_VECTOR] * len(ids), [0] * len(ids)))
                 continue
             two = draw > 1.0 - self._settings.two_pictures
             picks = [int(i) for i in rng.integers(len(self._stills.truths), size=2 if two else 1)]
             pairs = pretrain_data.conversation(self._stills.truths[picks[-1]], rng, self._settings.turns)
             chosen += picks
             rows.append(self.chat(len(picks), pairs))
-        width = max(len(ids) for ids, _, _ in rows)
+        width = max(len(chat.ids) for chat in rows)
         ids_ = torch.full((len(rows), width), self.pad)
         labels_ = torch.full((len(rows), width), -100)
         vectors_ = torch.full((len(rows), width, 3), float("nan"))
-        for row, (ids, labels, vectors) in enumerate(rows):
-            ids_[row, : len(ids)] = torch.tensor(ids)
-            labels_[row, : len(labels)] = torch.tensor(labels)
-            vectors_[row, : len(vectors)] = torch.tensor(vectors)
+        turns_ = torch.full((len(rows), width), -1)
+        for row, chat in enumerate(rows):
+            length = len(chat.ids)
+            ids_[row, :length], labels_[row, :length] = torch.tensor(chat.ids), torch.tensor(chat.labels)
+            vectors_[row, :length], turns_[row, :length] = torch.tensor(chat.vectors), torch.tensor(chat.turns)
         picks_ = np.asarray(chosen)
-        return Batch(ids_, ids_ == self.soft, labels_, to_pixels(self._stills.pictures[picks_]), picks_, vectors_)
+        pictures = to_pixels(self._stills.pictures[picks_])
+        return Batch(ids_, ids_ == self.soft, labels_, pictures, picks_, vectors_, turns_)
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Token ids, labels, the vector that is being said where one is, and the turn (0 for what all turns share)."""
+
+    ids: list[int]
+    labels: list[int]
+    vectors: list[Vector]
+    turns: list[int]
+
+
+def independent_turns(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Attention mask [B, 1, T, T] and positions [B, T] that let every turn see the pictures and itself alone.
+
+    Otherwise a later answer could be copied from an earlier one about the same thing, and no picture need be read.
+    """
+    turns, width = batch.turns, batch.turns.shape[1]
+    causal = torch.ones(width, width, dtype=torch.bool).tril()
+    shared = turns == 0
+    seen = causal & (shared[:, None, :] | (turns[:, :, None] == turns[:, None, :])) & (turns >= 0)[:, None, :]
+    starts = batch.image_mask & ~torch.nn.functional.pad(batch.image_mask, (1, 0))[:, :-1]
+    image = torch.cumsum(starts, dim=1) * batch.image_mask
+    seen |= (image[:, :, None] == image[:, None, :]) & batch.image_mask[:, :, None]
+    seen |= torch.eye(width, dtype=torch.bool)
+    prefix = shared.sum(dim=1, keepdim=True)
+    position = torch.arange(width).expand_as(turns)
+    first = torch.where(turns[:, :, None] == turns[:, None, :], position[:, None, :], width).amin(dim=2)
+    return seen[:, None], torch.where(turns > 0, position - first + prefix, position)
 
 
 def to_pixels(pictures: NDArray[np.uint8]) -> Tensor:
@@ -344,24 +377,25 @@ def to_pixels(pictures: NDArray[np.uint8]) -> Tensor:
 
 
 class DenseHeads(nn.Module):
-    """Linear readings of every patch of the vision tower: which things it shows, and where the one it shows stands.
+    """Linear readings of the vision tower's image tokens: which things a patch shows, and where things stand.
 
-    The numbers are read by the same weights whatever the thing is, as values and as decimal digits: what the language
-    model has to say later lies ready in the patch that it has to find.
+    Every token is also the slot of one thing. Numbers are read from a slot by the same weights for every thing, as
+    values and as decimal digits: what the language model has to say later lies ready at a place that it can learn.
     """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.here = nn.Linear(width, len(THINGS))
+        self.there = nn.Linear(width, 1)
         self.value = nn.Linear(width, 7)
         self.digit = nn.Linear(width, 7 * sum(DIGIT_CLASSES))
         self.said = nn.Linear(width, 3)
 
     def forward(self, patches: Tensor, targets: DenseTargets) -> tuple[Tensor, Tensor, float]:
         """Losses of presence and of position, and the mean horizontal error of the offsets in centimetres."""
-        presence = nn.functional.binary_cross_entropy_with_logits(
-            self.here(patches), targets.here, pos_weight=torch.tensor(8.0)
-        )
+        binary = nn.functional.binary_cross_entropy_with_logits
+        presence = binary(self.here(patches), targets.here, pos_weight=torch.tensor(8.0))
+        presence = presence + 0.5 * binary(self.there(patches)[..., 0], targets.there.float())
         shown = patches[targets.there]
         values, digits = targets.values[targets.there], targets.digits[targets.there]
         guess = self.value(shown)
@@ -476,15 +510,13 @@ class Run:
         batch = self.batcher.batch(step)
         self._patches.clear()
         self._states.clear()
+        seen, positions = independent_turns(batch)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             output = self.model(
-                input_ids=batch.input_ids,
-                attention_mask=(batch.input_ids != self.batcher.pad).long(),
-                labels=batch.labels,
-                pixel_values=batch.pictures,
-                token_type_ids=batch.image_mask.long(),
-                use_cache=False,
-            )
+                input_ids=batch.input_ids, attention_mask={"full_attention": seen, "sliding_attention": seen},
+                position_ids=positions, labels=batch.labels, pixel_values=batch.pictures,
+                token_type_ids=batch.image_mask.long(), use_cache=False,
+            )  # fmt: skip
         presence, position, error_cm = self.heads(self._patches[0].float(), self.stills.dense_targets(batch.picks))
         reading = self.heads.reading(self._states[0].float(), batch.vectors)
         self._step(output.loss + self.settings.dense_weight * (presence + position + reading))
@@ -541,8 +573,7 @@ def offset_errors(
     if not picks:
         return {}
     question = "Offset in metres from the gripper to the point above the carrot?"
-    ids, _, _ = batcher.chat(1, [(question, "")])
-    prompt = torch.tensor(ids[: -len(tokenizer("<end_of_turn>\n", add_special_tokens=False)["input_ids"])])
+    prompt = torch.tensor(batcher.chat(1, [(question, "")]).ids[:-1])
     model.eval()
     errors = []
     for first in range(0, len(picks), 48):
