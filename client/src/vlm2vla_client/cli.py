@@ -144,6 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     with contextlib.suppress(ValueError):  # not the main thread: whoever embeds us handles signals
         signal.signal(signal.SIGTERM, _terminated)
+        # A program started in the background inherits an ignored SIGINT; one that moves an arm must still stop.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return int(arguments.command(arguments))
     except KeyboardInterrupt:
