@@ -486,13 +486,15 @@ class Run:
             self.start = int(saved["step"])
 
     def set_learning_rates(self, step: int) -> None:
-        """Warm-up and cosine over the whole run for the tower, over its second part for the rest."""
+        """Warm-up and cosine, once for the tower alone and once for everything; the tower is then changed gently."""
         settings, spoken = self.settings, step - self.settings.tower_steps
         for group in self.optimizer.param_groups:
-            if group["name"] == "seeing":
-                share = _schedule(step, settings.warmup, settings.tower_steps + settings.steps)
+            if spoken >= 0:
+                share = _schedule(spoken, settings.warmup, settings.steps)
+                share *= settings.tower_share if group["name"] == "seeing" else 1.0
             else:
-                share = _schedule(spoken, settings.warmup, settings.steps) if spoken >= 0 else 0.0
+                alone = _schedule(step, settings.warmup, settings.tower_steps)
+                share = alone if group["name"] == "seeing" else 0.0
             group["lr"] = settings.learning_rate * share
 
     def see(self, step: int) -> dict[str, float]:
