@@ -14,6 +14,7 @@ from vlm2vla_schema import prompts
 from vlm2vla_schema.types import ModelCard
 from vlm2vla_training import pretrain
 from vlm2vla_training.cli import main
+from vlm2vla_training.cpu_attention import CPU_ATTENTION
 from vlm2vla_training.errors import DataError, UsageError
 from vlm2vla_training.pretrain import IMAGE_TOKENS, THINGS, Batcher, Run, Stills, answer_vector, independent_turns
 from vlm2vla_training.pretrain_command import HELD_OUT_SEED, build_parser, settings_from
@@ -139,7 +140,7 @@ def test_a_saved_base_loads_and_speaks(base: Path) -> None:
 
 def test_the_picture_reaches_the_words(tokenizer: Any) -> None:
     model = pretrain.build_model(tokenizer, 0).eval()
-    batch = Batcher(stills(), tokenizer, Settings(batch=2, text_only=0.0, two_pictures=0.0)).batch(0)
+    batch = Batcher(stills(), tokenizer, Settings(batch=2, text_rows=0, double_rows=0)).batch(0)
     tell: dict[str, Any] = {
         "input_ids": batch.input_ids,
         "attention_mask": torch.ones_like(batch.input_ids),
@@ -184,7 +185,7 @@ def test_a_number_is_read_before_it_is_said(tokenizer: Any) -> None:
 
 
 def test_turns_see_the_pictures_and_themselves_alone(tokenizer: Any) -> None:
-    settings = Settings(batch=4, turns=3, two_pictures=0.5, text_only=0.0)
+    settings = Settings(batch=4, turns=3, double_rows=4, text_rows=0)
     batch = Batcher(stills(), tokenizer, settings).batch(1)
     seen, positions = independent_turns(batch)
     turns = batch.turns[0]
@@ -195,8 +196,8 @@ def test_turns_see_the_pictures_and_themselves_alone(tokenizer: Any) -> None:
     assert int(positions[0, second]) == int(positions[0, third]) == int((turns == 0).sum())
     image = batch.image_mask[0].nonzero()[:, 0]
     assert bool(seen[0, 0, image[0], image[IMAGE_TOKENS - 1]]), "a picture's tokens see one another"
-    if len(image) > IMAGE_TOKENS:
-        assert not bool(seen[0, 0, image[0], image[IMAGE_TOKENS]]), "but not those of a later picture"
+    assert len(image) == 2 * IMAGE_TOKENS
+    assert not bool(seen[0, 0, image[0], image[IMAGE_TOKENS]]), "but not those of a later picture"
 
 
 @pytest.mark.parametrize(
@@ -215,12 +216,13 @@ def test_the_vector_that_an_answer_states(answer: str, vector: tuple[float, floa
 
 
 def test_a_batch_is_a_function_of_its_step(tokenizer: Any) -> None:
-    settings = Settings(batch=8, turns=3, two_pictures=0.3, text_only=0.3)
+    settings = Settings(batch=8, turns=3, double_rows=2, text_rows=2)
     batcher = Batcher(stills(), tokenizer, settings)
     batch, again, later = batcher.batch(4), Batcher(stills(), tokenizer, settings).batch(4), batcher.batch(5)
     assert torch.equal(batch.input_ids, again.input_ids) and torch.equal(batch.pictures, again.pictures)
     assert batch.input_ids.shape != later.input_ids.shape or not torch.equal(batch.input_ids, later.input_ids)
-    assert int(batch.image_mask.sum()) == IMAGE_TOKENS * len(batch.picks) == IMAGE_TOKENS * len(batch.pictures)
+    assert len(batch.picks) == len(batch.pictures) == 8 - 2 + 2, "two texts without a picture, two pairs of pictures"
+    assert int(batch.image_mask.sum()) == IMAGE_TOKENS * len(batch.picks)
     assert not bool((batch.labels[batch.image_mask] != -100).any())
     assert not bool((batch.labels[batch.input_ids == batcher.pad] != -100).any())
     assert bool((batch.labels != -100).any(dim=1).all())
@@ -230,17 +232,20 @@ def test_a_batch_is_a_function_of_its_step(tokenizer: Any) -> None:
 def test_dense_targets_mark_the_patch_that_shows_the_thing() -> None:
     targets = stills().dense_targets(np.array([2, 0]))
     here = targets.here
-    assert here.shape == (2, IMAGE_TOKENS, len(THINGS)) and targets.values.shape == (2, IMAGE_TOKENS, 7)
+    assert here.shape == (2, 64, len(THINGS)) and targets.values.shape == (2, IMAGE_TOKENS, 7)
     carrot = here[0, :, THINGS.index("carrot")].reshape(8, 8)
     assert carrot.nonzero().tolist() == [[5, 2]], "the centre of patch row 5, column 2"
     assert here[0, :, THINGS.index("gripper")].reshape(8, 8).nonzero().tolist() == [[3, 3], [3, 4], [4, 3], [4, 4]]
     assert here[0, :, THINGS.index("card cat")].reshape(8, 8).nonzero().tolist() == [[7, 0]]
     assert float(here[:, :, THINGS.index("plate")].sum()) == 0.0
+    aside = targets.aside[0, 5 * 8 + 2, THINGS.index("carrot")]
+    assert aside.tolist() == pytest.approx([0.0, 0.0], abs=1e-5), "in the middle of that patch"
+    assert targets.aside[0, 4 * 8 + 4, 0].tolist() == pytest.approx([-0.5, -0.5]), "the gripper, up and to the left"
     slot = THINGS.index("carrot")
     shown, gripper = targets.values[0, slot], targets.values[0, THINGS.index("gripper"), 4:]
     assert shown[4:].tolist() == pytest.approx([2.2, 0.5, 0.14]), "the carrot's position in decimetres"
     assert shown[:3].tolist() == pytest.approx((shown[4:] - gripper).tolist(), abs=1e-5), "its offset from the gripper"
-    assert targets.values[0, slot + len(THINGS)].tolist() == shown.tolist(), "a thing has several slots"
+    assert targets.values[0, slot + len(THINGS)].tolist() == shown.tolist(), "the first things have a second slot"
     assert targets.digits[0, slot, 4].tolist() == [0, 2, 2, 0], "0.220 m: plus, 2, 2, 0"
     assert bool(targets.there[0, slot]) and not bool(targets.there[0, THINGS.index("plate")])
 
@@ -299,6 +304,33 @@ def test_a_run_goes_on_where_it_was_saved(tmp_path: Path) -> None:
         losses.append(each.speak(0))
     assert losses[0] == losses[1]
     assert all(torch.equal(a, b) for a, b in zip(run.parameters, resumed.parameters, strict=True))
+
+
+def test_the_tower_learns_alone_first_and_gently_after(tmp_path: Path) -> None:
+    settings = Settings(tower_steps=2, steps=2, tower_batch=2, batch=2, turns=2, warmup=1, threads=1)
+    run = Run(stills(), tmp_path, settings)
+    rates = []
+    for step in (0, 2):
+        run.set_learning_rates(step)
+        rates.append({group["name"]: group["lr"] for group in run.optimizer.param_groups})
+    assert rates[0] == {"seeing": settings.tower_learning_rate, "speaking": 0.0}
+    assert rates[1]["seeing"] == pytest.approx(settings.tower_share * rates[1]["speaking"])
+    assert rates[1]["speaking"] == settings.learning_rate
+
+
+def test_attention_in_float32_is_attention(tokenizer: Any) -> None:
+    model = pretrain.build_model(tokenizer, 0).eval()
+    batch = Batcher(stills(), tokenizer, Settings(batch=2, text_rows=0, double_rows=0)).batch(0)
+    tell = {
+        "input_ids": batch.input_ids,
+        "attention_mask": (batch.input_ids != 0).long(),
+        "token_type_ids": batch.image_mask.long(),
+        "pixel_values": batch.pictures,
+    }
+    with torch.no_grad():
+        usual = model(**tell).logits
+        model.set_attn_implementation(CPU_ATTENTION)
+        assert torch.allclose(model(**tell).logits, usual, atol=1e-4)
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -169,6 +169,7 @@ def _add_sft(commands: Commands[argparse.ArgumentParser]) -> None:
     command.add_argument("--save-steps", type=int, default=500, help="checkpoint interval in optimiser steps")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    command.add_argument("--compile", action="store_true", help="fuse the language layers; needs a C++ compiler")
 
 
 def _add_export(commands: Commands[argparse.ArgumentParser]) -> None:

@@ -25,6 +25,7 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 from vlm2vla_schema.prompts import PROMPT_VERSIONS
 from vlm2vla_schema.types import ModelCard
 from vlm2vla_training import pretrain_data
+from vlm2vla_training.cpu_attention import CPU_ATTENTION
 from vlm2vla_training.errors import DataError
 from vlm2vla_training.pretrain_data import IMAGE_SIZE
 from vlm2vla_training.pretrain_settings import Settings
@@ -33,7 +34,9 @@ from vlm2vla_twin.scene import CARDS, KINDS
 from vlm2vla_twin.truth import Truth
 
 PATCHES = IMAGE_SIZE // 14
-IMAGE_TOKENS = PATCHES * PATCHES
+TOKENS = PATCHES // 2
+"""Image tokens a side: Gemma's projector averages two patches by two."""
+IMAGE_TOKENS = TOKENS * TOKENS
 THINGS = ("gripper", *KINDS, *(f"card {name}" for name in CARDS))
 
 
@@ -62,7 +65,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def config_for(tokenizer: PreTrainedTokenizerFast) -> Gemma3Config:
-    """The Gemma-3 architecture at twin size: some 3 million parameters, 112x112 pictures, 64 image tokens."""
+    """The Gemma-3 architecture at twin size: some 2 million parameters, 112x112 pictures, 16 image tokens."""
     width, ids = 128, tokenizer.convert_tokens_to_ids
     text = {
         "vocab_size": -(-len(tokenizer) // 64) * 64, "hidden_size": width, "intermediate_size": 384,
@@ -94,6 +97,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Gemma3ForC
         if isinstance(module, nn.Linear) and module.weight.shape[0] != model.config.text_config.vocab_size:
             nn.init.normal_(module.weight, std=0.06)
     nn.init.normal_(model.model.vision_tower.get_input_embeddings().weight, std=0.04)
+    places: Any = model.model.vision_tower
+    places.embeddings.position_embedding.weight.data.copy_(smooth_places(model.config.vision_config.hidden_size, seed))
     nn.init.normal_(model.get_input_embeddings().weight, std=0.06)
     for layer in model.model.language_model.layers:
         # Queries and keys are normalised: at the usual start no token can attend sharply to one patch of many.
@@ -103,6 +108,22 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Gemma3ForC
     generation.eos_token_id = model.config.eos_token_id
     generation.bos_token_id, generation.pad_token_id = model.config.bos_token_id, model.config.pad_token_id
     return model
+
+
+def smooth_places(width: int, seed: int) -> Tensor:
+    """Position embeddings [64, width] to start from: random mixtures of waves over rows and columns.
+
+    From independent random ones a tower takes several times as long to learn where a patch lies.
+    """
+    column, row = np.meshgrid(np.arange(PATCHES) + 0.5, np.arange(PATCHES) + 0.5)
+    waves = [
+        wave(np.pi * frequency / PATCHES * axis).reshape(-1)
+        for frequency in (0.5, 1, 2, 3, 4, 5, 6, 7)
+        for axis in (column, row)
+        for wave in (np.sin, np.cos)
+    ]
+    mixture = np.random.default_rng([17, seed]).normal(size=(len(waves), width)) * np.sqrt(2.0 / len(waves))
+    return torch.from_numpy((np.stack(waves, axis=-1) @ mixture).astype(np.float32))
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> Gemma3Processor:
@@ -206,16 +227,16 @@ class Stills:
         """What the tower's dense heads are taught about the picked stills."""
         centres = (np.arange(PATCHES) + 0.5) / PATCHES
         v, u = np.meshgrid(centres, centres, indexing="ij")
-        grid = np.stack([u, v], axis=-1).reshape(1, IMAGE_TOKENS, 1, 2)
-        distance = np.nan_to_num(np.abs(grid - self.pixels[picks][:, None]).max(axis=-1), nan=9.0)
+        aside = self.pixels[picks][:, None] - np.stack([u, v], axis=-1).reshape(1, PATCHES * PATCHES, 1, 2)
+        distance = np.nan_to_num(np.abs(aside).max(axis=-1), nan=9.0)
         there = ~np.isnan(self.pixels[picks, :, 0])[:, SLOTS]
         where = self.where[picks]
         own, gripper = where[:, SLOTS], where[:, :1]
         above = np.broadcast_to(0.7 - gripper[..., 2:], own[..., :1].shape)
         values = np.concatenate([own - gripper, above, own], axis=-1)
         return DenseTargets(
-            torch.from_numpy((distance < REACH).astype(np.float32)), torch.from_numpy(there), torch.from_numpy(values),
-            torch.from_numpy(_digits(values)),
+            torch.from_numpy(distance < REACH), torch.from_numpy((aside * PATCHES).astype(np.float32)),
+            torch.from_numpy(there), torch.from_numpy(values), torch.from_numpy(_digits(values)),
         )  # fmt: skip
 
 
@@ -223,12 +244,14 @@ class Stills:
 class DenseTargets:
     """What the tower's dense heads are taught.
 
-    ``here`` [B, 64, K]: which things a patch shows. Every image token is also the slot of one thing: ``there`` [B, 64]
-    says whether that thing is in the picture, ``values`` [B, 64, 7] in decimetres its offset from the gripper, the
-    height of the point above and its position, and ``digits`` [B, 64, 7, 4] the same as decimal digits.
+    ``here`` [B, 64, K]: which things a patch shows, ``aside`` [B, 64, K, 2] how many patches right and below its middle
+    each lies. Every image token is also the slot of one thing: ``there`` [B, 16] says whether that thing is in the
+    picture, ``values`` [B, 16, 7] in decimetres its offset from the gripper, the height of the point above and its
+    position, and ``digits`` [B, 16, 7, 4] the same as decimal digits.
     """
 
     here: Tensor
+    aside: Tensor
     there: Tensor
     values: Tensor
     digits: Tensor
@@ -238,6 +261,8 @@ SLOTS = np.arange(IMAGE_TOKENS) % len(THINGS)
 REACH = 0.085
 DIGIT_CLASSES = (2, 6, 10, 10)
 """Sign, decimetres, centimetres, millimetres."""
+DIGIT_WEIGHTS = (0.15, 0.15, 0.15, 0.05)
+"""Of their losses; the last digit is mostly noise until the others are right."""
 
 
 def _digits(values_dm: NDArray[np.float32]) -> NDArray[np.int64]:
@@ -316,14 +341,14 @@ class Batcher:
         rng = np.random.default_rng([11, self._settings.seed, step])
         rows: list[Chat] = []
         chosen: list[int] = []
-        for _ in range(self._settings.batch):
-            draw = rng.random()
-            if draw < self._settings.text_only:
+        texts, doubles = min(self._settings.text_rows, self._settings.batch - 1), self._settings.double_rows
+        for row in range(self._settings.batch):
+            if row < texts:
                 ids = self._ids("<bos>") + self._ids("<start_of_turn>user\n") + self._ids(pretrain_data.user_text(rng))
                 ids = ids + self._ids("<end_of_turn>\n")
                 rows.append(Chat(ids, [-100, *ids[1:]], [NO_VECTOR] * len(ids), [0] * len(ids)))
                 continue
-            two = draw > 1.0 - self._settings.two_pictures
+            two = row >= self._settings.batch - doubles
             picks = [int(i) for i in rng.integers(len(self._stills.truths), size=2 if two else 1)]
             pairs = pretrain_data.conversation(self._stills.truths[picks[-1]], rng, self._settings.turns)
             chosen += picks
@@ -377,34 +402,38 @@ def to_pixels(pictures: NDArray[np.uint8]) -> Tensor:
 
 
 class DenseHeads(nn.Module):
-    """Linear readings of the vision tower's image tokens: which things a patch shows, and where things stand.
+    """Linear readings of the vision tower: what a patch shows and how far beside it, and where things stand.
 
-    Every token is also the slot of one thing. Numbers are read from a slot by the same weights for every thing, as
-    values and as decimal digits: what the language model has to say later lies ready at a place that it can learn.
+    Every image token is also the slot of one thing. Numbers are read from a slot by the same weights for every thing,
+    as values and as decimal digits: what the language model has to say later lies ready at a place that it can learn.
     """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.here = nn.Linear(width, len(THINGS))
+        self.aside = nn.Linear(width, 2 * len(THINGS))
         self.there = nn.Linear(width, 1)
         self.value = nn.Linear(width, 7)
         self.digit = nn.Linear(width, 7 * sum(DIGIT_CLASSES))
         self.said = nn.Linear(width, 3)
 
     def forward(self, patches: Tensor, targets: DenseTargets) -> tuple[Tensor, Tensor, float]:
-        """Losses of presence and of position, and the mean horizontal error of the offsets in centimetres."""
-        binary = nn.functional.binary_cross_entropy_with_logits
-        presence = binary(self.here(patches), targets.here, pos_weight=torch.tensor(8.0))
-        presence = presence + 0.5 * binary(self.there(patches)[..., 0], targets.there.float())
-        shown = patches[targets.there]
-        values, digits = targets.values[targets.there], targets.digits[targets.there]
-        guess = self.value(shown)
-        position = nn.functional.smooth_l1_loss(guess, values, beta=0.1)
-        logits = self.digit(shown).view(-1, 7, sum(DIGIT_CLASSES)).split(DIGIT_CLASSES, dim=-1)
+        """Losses of what [B, 64, width] shows and of positions, and the mean horizontal offset error in millimetres."""
+        binary, smooth = nn.functional.binary_cross_entropy_with_logits, nn.functional.smooth_l1_loss
+        shows = binary(self.here(patches), targets.here.float(), pos_weight=torch.tensor(8.0))
+        aside = self.aside(patches).unflatten(-1, (len(THINGS), 2))[targets.here]
+        shows = shows + 2.0 * smooth(aside, targets.aside[targets.here], beta=0.1)
+        slots = patches.view(-1, TOKENS, 2, TOKENS, 2, patches.shape[-1]).mean(dim=(2, 4)).flatten(1, 2)
+        shows = shows + 0.5 * binary(self.there(slots)[..., 0], targets.there.float())
+        slots, values, digits = slots[targets.there], targets.values[targets.there], targets.digits[targets.there]
+        guess = self.value(slots)
+        position = 2.0 * smooth(guess, values, beta=0.1)
+        logits = self.digit(slots).view(-1, 7, sum(DIGIT_CLASSES)).split(DIGIT_CLASSES, dim=-1)
         for index, part in enumerate(logits):
-            position = position + 0.25 * nn.functional.cross_entropy(part.flatten(0, 1), digits[..., index].flatten())
+            weight = DIGIT_WEIGHTS[index]
+            position = position + weight * nn.functional.cross_entropy(part.flatten(0, 1), digits[..., index].flatten())
         distance = (guess - values)[:, :2].norm(dim=-1).mean()
-        return presence, position, float(distance.detach()) * 10.0
+        return shows, position, float(distance.detach()) * 100.0
 
     def reading(self, states: Tensor, vectors: Tensor) -> Tensor:
         """Loss of reading the vector that is being said off a language layer's states [B, T, width]."""
@@ -454,6 +483,7 @@ class Run:
         self.stills, self.settings, self.state = stills, settings, out / "state.pt"
         self.tokenizer = build_tokenizer()
         self.model = build_model(self.tokenizer, settings.seed).train()
+        self.model.set_attn_implementation(CPU_ATTENTION)
         self.tower = self.model.model.vision_tower
         self.heads = DenseHeads(int(self.model.config.vision_config.hidden_size))
         self.batcher = Batcher(stills, self.tokenizer, settings)
@@ -477,6 +507,11 @@ class Run:
             for decayed in (True, False)
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
+        if settings.compile:
+            for layer in self.tower.encoder.layers:
+                layer.compile(dynamic=False)
+            for layer in self.model.model.language_model.layers:
+                layer.compile(dynamic=True)
         self.start = 0
         if self.state.exists():
             saved = torch.load(self.state, weights_only=True)
@@ -488,14 +523,14 @@ class Run:
     def set_learning_rates(self, step: int) -> None:
         """Warm-up and cosine, once for the tower alone and once for everything; the tower is then changed gently."""
         settings, spoken = self.settings, step - self.settings.tower_steps
+        seeing, speaking = 0.0, 0.0
+        if spoken < 0:
+            seeing = settings.tower_learning_rate * _schedule(step, settings.warmup, settings.tower_steps)
+        else:
+            speaking = settings.learning_rate * _schedule(spoken, settings.warmup, settings.steps)
+            seeing = speaking * settings.tower_share
         for group in self.optimizer.param_groups:
-            if spoken >= 0:
-                share = _schedule(spoken, settings.warmup, settings.steps)
-                share *= settings.tower_share if group["name"] == "seeing" else 1.0
-            else:
-                alone = _schedule(step, settings.warmup, settings.tower_steps)
-                share = alone if group["name"] == "seeing" else 0.0
-            group["lr"] = settings.learning_rate * share
+            group["lr"] = seeing if group["name"] == "seeing" else speaking
 
     def see(self, step: int) -> dict[str, float]:
         """One step of the tower and the dense heads alone."""
@@ -503,9 +538,9 @@ class Run:
         picks = rng.integers(len(self.stills.truths), size=self.settings.tower_batch)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             patches = self.tower(to_pixels(self.stills.pictures[picks])).last_hidden_state
-        presence, position, error_cm = self.heads(patches.float(), self.stills.dense_targets(picks))
+        presence, position, error_mm = self.heads(patches.float(), self.stills.dense_targets(picks))
         self._step(presence + position)
-        return {"presence": _number(presence), "position": _number(position), "tower_error_cm": round(error_cm, 2)}
+        return {"presence": _number(presence), "position": _number(position), "tower_error_mm": round(error_mm, 2)}
 
     def speak(self, step: int) -> dict[str, float]:
         """One step of everything: the language loss and, beside it, the dense ones."""
@@ -513,21 +548,25 @@ class Run:
         self._patches.clear()
         self._states.clear()
         seen, positions = independent_turns(batch)
+        told = batch.labels[:, 1:] != -100
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            output = self.model(
+            output = self.model.model(
                 input_ids=batch.input_ids, attention_mask={"full_attention": seen, "sliding_attention": seen},
-                position_ids=positions, labels=batch.labels, pixel_values=batch.pictures,
+                position_ids=positions, pixel_values=batch.pictures,
                 token_type_ids=batch.image_mask.long(), use_cache=False,
             )  # fmt: skip
-        presence, position, error_cm = self.heads(self._patches[0].float(), self.stills.dense_targets(batch.picks))
+            # Scores over the vocabulary only where a loss falls: two thirds of the tokens are asked, not told.
+            logits = self.model.lm_head(output.last_hidden_state[:, :-1][told])
+        language = nn.functional.cross_entropy(logits.float(), batch.labels[:, 1:][told])
+        presence, position, error_mm = self.heads(self._patches[0].float(), self.stills.dense_targets(batch.picks))
         reading = self.heads.reading(self._states[0].float(), batch.vectors)
-        self._step(output.loss + self.settings.dense_weight * (presence + position + reading))
+        self._step(language + self.settings.dense_weight * (presence + position + reading))
         return {
-            "language": _number(output.loss),
+            "language": _number(language),
             "reading": _number(reading),
             "presence": _number(presence),
             "position": _number(position),
-            "tower_error_cm": round(error_cm, 2),
+            "tower_error_mm": round(error_mm, 2),
         }
 
     def _step(self, loss: Tensor) -> None:

@@ -27,6 +27,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCall
 from trl import SFTConfig, SFTTrainer
 
 from vlm2vla_schema.types import ModelCard
+from vlm2vla_training.cpu_attention import CPU_ATTENTION
 from vlm2vla_training.curation.dataset import ExampleSet, load_examples
 from vlm2vla_training.errors import DataError, UsageError
 from vlm2vla_training.jsonio import read_json, write_json
@@ -192,6 +193,8 @@ def build_trainer(
     """
     # As a string the model would load in float32 whatever the preset says.
     model = AutoModelForImageTextToText.from_pretrained(args.base, dtype=getattr(torch, preset.weights))
+    if not torch.cuda.is_available():
+        model.set_attn_implementation(CPU_ATTENTION)
     layers = int(model.config.get_text_config().num_hidden_layers)
     lora = LoraConfig(
         r=preset.rank,
@@ -210,6 +213,9 @@ def build_trainer(
         peft_config=None if args.full_finetune else lora,
         callbacks=[JsonlLog(args.out / LOG_FILE)],
     )
+    if args.compile:
+        for layer in trainer.model.get_submodule("model.language_model.layers" if args.full_finetune else "base_model.model.model.language_model.layers"):
+            layer.compile(dynamic=True)
     trainer.remove_callback(PrinterCallback)  # JsonlLog says the same in one line
     adapted = sum(name.endswith(".lora_A") for name, _ in trainer.model.named_modules())
     expected = 0 if args.full_finetune else LINEARS_PER_LAYER * layers
@@ -244,8 +250,8 @@ def training_arguments(args: argparse.Namespace, preset: Preset) -> SFTConfig:
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
-        train_sampling_strategy="group_by_length",
-        length_column_name="length",
+        # Not grouped by length: such batches hold one kind of example each, and their losses swing.
+        train_sampling_strategy="random",
         dataloader_num_workers=0,
         dataloader_pin_memory=False,
         logging_steps=10,
