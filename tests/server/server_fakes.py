@@ -76,9 +76,14 @@ class FakeEngine:
     running: int = 0
     tokens: int = 0
     adapters: tuple[str, ...] = ("twin",)
+    slots: int = 0
+    death: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
 
     async def start(self) -> None:
         await asyncio.sleep(0)
+
+    async def wait_dead(self) -> str:
+        return await self.death.get()
 
     async def close(self) -> None:
         await asyncio.sleep(0)
@@ -109,7 +114,7 @@ class FakeEngine:
 
     def info(self) -> EngineInfo:
         loads = tuple(AdapterLoad(name, "ab" * 32, 42, self.load_problem) for name in self.adapters)
-        return EngineInfo("fake", "cpu", "float32", 4096, "cd" * 32, loads, {"fake": "1"})
+        return EngineInfo("fake", "cpu", "float32", 4096, "cd" * 32, loads, {"fake": "1"}, self.slots)
 
     def load(self) -> EngineLoad:
         return EngineLoad(self.running, 0, self.tokens)

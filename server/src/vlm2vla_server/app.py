@@ -51,13 +51,17 @@ PATHS = frozenset(
 def create_app(settings: Settings, engine: Engine) -> ASGIApp:
     """The application over an engine that is not started yet: start-up runs beside serving, so that /healthz answers
     while the model loads."""
-    service = Service(settings, engine)
+    return build_app(Service(settings, engine))
+
+
+def build_app(service: Service) -> ASGIApp:
+    """The application of a service that is not started yet."""
     return Guard(
         build_api(service),
-        api_key=settings.api_key,
+        api_key=service.settings.api_key,
         metrics=service.metrics,
         paths=PATHS,
-        max_body_bytes=settings.max_body_bytes,
+        max_body_bytes=service.settings.max_body_bytes,
     )
 
 
@@ -177,4 +181,4 @@ def _translate(request: Request, problem: HTTPException) -> ServerError:
     return InvalidRequest("the request cannot be read")
 
 
-__all__ = ["build_api", "create_app"]
+__all__ = ["build_api", "build_app", "create_app"]

@@ -19,11 +19,11 @@ from starlette.types import Receive, Scope, Send
 
 from vlm2vla_schema import messages as wire
 from vlm2vla_schema.errors import ErrorInfo
-from vlm2vla_server.admission import Ticket
+from vlm2vla_server.admission import Ticket, priority_of
 from vlm2vla_server.bodies import parse_body, read_body
 from vlm2vla_server.errors import Cancelled, DeadlineExceeded, EngineFailure, ServerError
 from vlm2vla_server.generation import Call
-from vlm2vla_server.guard import RECEIVED_KEY, REQUEST_ID_KEY
+from vlm2vla_server.guard import LOG_KEY, RECEIVED_KEY, REQUEST_ID_KEY
 from vlm2vla_server.policy import Clocking
 from vlm2vla_server.service import Service
 
@@ -67,6 +67,9 @@ async def handle(
         del body
     if parsed.request_id is not None:
         request.scope["vlm2vla.echo_id"] = parsed.request_id
+    named = {"caller_request_id": parsed.request_id, "episode_id": parsed.episode_id, "frame_id": parsed.frame_id}
+    request.scope[LOG_KEY] |= {name: value for name, value in named.items() if value is not None}
+    request.scope[LOG_KEY]["model"] = service.label(parsed.model)
     service.require_ready()
     wants_stream = streams and NDJSON in request.headers.get("accept", "").lower()
     work = _begin(service, request, parsed, handler, stream=wants_stream, exclusive=exclusive)
@@ -96,12 +99,14 @@ def _begin(
     events: asyncio.Queue[BaseModel | ServerError] = asyncio.Queue()
     clocking = Clocking(received_s, received_s + parsed.deadline_ms / 1000.0)
     call = Call(service, clocking, events.put if stream else None)
-    ticket = Ticket(received_s)
+    ticket = _ticket(request, clocking)
     episode = parsed.episode_id if exclusive else None
     left = asyncio.Event()
 
     async def run() -> None:
-        events.put_nowait(await _outcome(service, ticket, episode, left, lambda: handler(parsed, call)))
+        outcome = await _outcome(service, ticket, episode, left, lambda: handler(parsed, call))
+        _note(request.scope, outcome)
+        events.put_nowait(outcome)
 
     def unblock(finished: asyncio.Task[None]) -> None:
         if finished.cancelled():  # stopped from outside, or before its first step: nobody may wait for it for ever
@@ -111,6 +116,28 @@ def _begin(
     task.add_done_callback(unblock)
     ticket.attach(task)
     return Work(task, events, asyncio.create_task(_watch(request.receive, task, left)))
+
+
+def _ticket(request: Request, clocking: Clocking) -> Ticket:
+    """The request's place in the queue. Requests of one robot are those of its episode, or of its address."""
+    known = request.scope[LOG_KEY]
+    address = request.client.host if request.client is not None else ""
+    robot = str(known.get("episode_id") or address)
+    model = str(known.get("model", "unknown"))
+    return Ticket(clocking.began_s, clocking, priority_of(request.url.path), robot, model)
+
+
+def _note(scope: Scope, outcome: BaseModel | ServerError) -> None:
+    """What the log's line of this request says about its work."""
+    if isinstance(outcome, ServerError):
+        scope[LOG_KEY]["code"] = outcome.code.value
+    elif isinstance(outcome, wire.StageResult):
+        scope[LOG_KEY] |= {
+            "attempts": outcome.attempts,
+            "completion_tokens": outcome.usage.completion_tokens,
+            "queue_ms": round(outcome.timing_ms.queue, 1),
+            "generate_ms": round(outcome.timing_ms.generate, 1),
+        }
 
 
 async def _watch(receive: Receive, task: asyncio.Task[None], left: asyncio.Event) -> None:
@@ -135,17 +162,16 @@ async def _outcome(
             # Its engine slot is free within a token; then there is room for this one even on a full server.
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(older.finished.wait(), SUPERSEDE_TIMEOUT_S)
-        with service.admission.generating():
+        async with service.admission.generating(ticket):
             return await work()
     except ServerError as problem:
         return problem
     except TimeoutError:
         return DeadlineExceeded("the deadline passed", details={"attempts": []})
     except asyncio.CancelledError:
-        reason = "superseded" if ticket.superseded else "disconnected"
-        service.metrics.cancelled.labels(reason).inc()
-        if ticket.superseded:
-            return Cancelled("a newer request of the same episode took this one's place")
+        service.metrics.cancelled.labels(ticket.reason or "disconnected", ticket.model).inc()
+        if ticket.problem is not None:
+            return ticket.problem
         if left.is_set():
             return Cancelled("the caller left")
         raise

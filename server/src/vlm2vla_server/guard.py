@@ -16,6 +16,7 @@ import uuid
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vlm2vla_schema.errors import ErrorBody, ErrorInfo
+from vlm2vla_server import logs
 from vlm2vla_server.errors import EngineFailure, ServerError, Unauthorized
 from vlm2vla_server.metrics import Metrics
 
@@ -24,6 +25,9 @@ log = logging.getLogger("vlm2vla_server")
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 RECEIVED_KEY = "vlm2vla.received_s"
 REQUEST_ID_KEY = "vlm2vla.request_id"
+LOG_KEY = "vlm2vla.log"
+"""A dict that lower layers add to; its members stand in the request's line of the log."""
+QUIET_PATHS = OPEN_PATHS | {"/metrics"}
 DRAIN_TIMEOUT_S = 2.0
 DRAIN_FACTOR = 4
 
@@ -61,6 +65,8 @@ class Guard:
         received_s = time.monotonic()
         scope[RECEIVED_KEY] = received_s
         scope[REQUEST_ID_KEY] = exchange.request_id
+        scope[LOG_KEY] = {}
+        logs.REQUEST_ID.set(exchange.request_id)
         try:
             if not self._authorized(scope):
                 exchange.drains = False
@@ -76,9 +82,10 @@ class Guard:
             await exchange.fail(EngineFailure("the server failed on this request; its log says why"))
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
+            took_s = time.monotonic() - received_s
             self._metrics.requests.labels(path, str(exchange.status or 499)).inc()
-            self._metrics.seconds.labels(path).observe(time.monotonic() - received_s)
-            log.info("%s %s %s", scope["method"], path, exchange.status or 499)
+            self._metrics.seconds.labels(path).observe(took_s)
+            _log_request(scope, path, exchange.status or 499, took_s)
 
     def _authorized(self, scope: Scope) -> bool:
         if self._key is None or scope["path"] in OPEN_PATHS:
@@ -88,6 +95,13 @@ class Guard:
             return False
         scheme, _, key = values[0].partition(b" ")
         return bool(scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._key))
+
+
+def _log_request(scope: Scope, path: str, status: int, took_s: float) -> None:
+    # Probes come every few seconds and say nothing while they succeed.
+    level = logging.DEBUG if path in QUIET_PATHS and status == 200 else logging.INFO
+    line = logs.fields(method=scope["method"], path=path, status=status, ms=round(took_s * 1000, 1), **scope[LOG_KEY])
+    log.log(level, "request", extra=line)
 
 
 class _Exchange:

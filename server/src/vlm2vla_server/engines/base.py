@@ -74,7 +74,8 @@ class AdapterLoad:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What /info and /metrics say about the engine. `versions`: library -> version."""
+    """What /info and /metrics say about the engine. `versions`: library -> version. `slots`: generations it runs at
+    once; what exceeds them waits in the server, by priority. 0: as many as come."""
 
     name: str
     device: str
@@ -83,6 +84,7 @@ class EngineInfo:
     model_hash: str
     adapters: tuple[AdapterLoad, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
+    slots: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,12 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """Abort what runs and free the worker, within a few seconds. Safe to call twice."""
+        ...
+
+    async def wait_dead(self) -> str:
+        """Wait until the engine can no longer serve and will not recover by itself (its process or thread has ended,
+        its device is lost), and return why, in words for the log and /readyz; otherwise wait for ever. By then every
+        stream of the engine ends with GenerationError. May be called before `start`."""
         ...
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[Delta]:

@@ -36,7 +36,7 @@ class TransformersEngine:
 
     def __init__(self, options: ModelOptions) -> None:
         self._options = options
-        self._worker = Worker("vlm2vla-engine")
+        self._worker = Worker("vlm2vla-engine", fatal=_device_is_lost)
         self._model: HFModel | None = None
         self._grammars: GrammarCache | None = None
         self._decoded_tokens = 0
@@ -55,6 +55,10 @@ class TransformersEngine:
         """Abort everything and stop the thread."""
         # A short block at shutdown is harmless, and an executor may already be gone then.
         self._worker.close()
+
+    async def wait_dead(self) -> str:
+        """Wait for the end of the worker thread."""
+        return await self._worker.wait_dead()
 
     def _loaded(self) -> HFModel:
         if self._model is None:
@@ -153,6 +157,7 @@ class TransformersEngine:
                 "peft": peft.__version__,
                 "xgrammar": metadata.version("xgrammar"),
             },
+            slots=1,
         )
 
     def load(self) -> EngineLoad:
@@ -162,3 +167,11 @@ class TransformersEngine:
     def control_tokens(self) -> frozenset[str]:
         """Texts of the tokenizer's control tokens."""
         return self._loaded().control_texts
+
+
+def _device_is_lost(problem: BaseException) -> bool:
+    """After most errors of a CUDA device its context is gone for the life of the process: every later call fails.
+    Running out of memory is not one of them."""
+    while problem.__cause__ is not None:
+        problem = problem.__cause__
+    return isinstance(problem, torch.AcceleratorError) and not isinstance(problem, torch.OutOfMemoryError)
