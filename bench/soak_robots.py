@@ -62,8 +62,10 @@ class Seen:
             self.problems.append(text)
 
 
-# 502 is the model's own failure to say something acceptable: counted, and not the server's fault.
+# 502 is the model's own failure to say something acceptable: counted, and not the server's fault. Questions wait while
+# robots keep the engine busy, here without a pause, so their deadline may pass.
 HONEST = {"done", "unparseable_output"}
+HONEST_OF_QUESTIONS = HONEST | {"deadline_exceeded"}
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ async def post(client: httpx.AsyncClient, seen: Seen, path: str, body: dict[str,
     answer = await client.post(path, json={**body, "deadline_ms": DEADLINE_MS})
     outcome = "done" if answer.status_code == 200 else answer.json()["error"]["code"]
     seen.outcomes[f"{path} {outcome}"] += 1
-    if outcome not in HONEST:
+    if outcome not in (HONEST_OF_QUESTIONS if path == "/vqa" else HONEST):
         seen.problem(f"{path}: {outcome}")
 
 
@@ -222,7 +224,8 @@ def judge(seen: Seen, waits: dict[str, float], exit_code: int, files: tuple[int,
         problems.append("no older cycle was cancelled by a newer one")
     if growth_mb(seen.memory_mb) > MAX_GROWTH_MB:
         problems.append(f"memory grew by {growth_mb(seen.memory_mb):.0f} MB after warm-up")
-    if len(waits) == 3 and not waits["act"] <= waits["verify"] <= waits["ask"]:
+    in_order = [waits[kind] for kind in ("act", "verify", "ask") if kind in waits]
+    if in_order != sorted(in_order):
         problems.append(f"mean waits are not in the order act, verify, ask: {waits}")
     if seen.health_s and max(seen.health_s) > HEALTH_LIMIT_S:
         problems.append(f"/healthz took {max(seen.health_s):.1f} s")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import ctypes
 import io
 import json
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,6 +45,14 @@ def run(work: Coroutine[Any, Any, T], limit_s: float = 30.0) -> T:
         return await asyncio.wait_for(work, limit_s)
 
     return asyncio.run(bounded())
+
+
+def kill_thread(name: str) -> None:
+    """Raise SystemExit inside the thread of that name, wherever it is."""
+    (thread,) = [one for one in threading.enumerate() if one.name == name]
+    assert thread.ident is not None
+    done = ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+    assert done == 1
 
 
 def answer_by_prompt(request: GenerationRequest) -> str:

@@ -56,7 +56,7 @@ def adapter(adapters: dict[str, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(adapters["one"], tmp_path / "adapter"))
 
 
-def started(make_engine: MakeEngine, base: Path, *, unproven: bool = False, **adapters: Path) -> ServerInfo:
+def started(make_engine: MakeEngine, base: Path, adapters: dict[str, Path], *, unproven: bool = False) -> ServerInfo:
     settings = Settings(engine="transformers", model=base, adapters=tuple(adapters.items()), allow_unproven=unproven)
 
     async def work() -> ServerInfo:
@@ -72,7 +72,7 @@ def started(make_engine: MakeEngine, base: Path, *, unproven: bool = False, **ad
 
 def refused(make_engine: MakeEngine, base: Path, adapter: Path) -> str:
     """Start with the adapter; the reason for not being ready."""
-    info = started(make_engine, base, twin=adapter)
+    info = started(make_engine, base, {"twin": adapter})
     assert not info.ready and not info.policy and info.reason
     assert not any(one.policy or one.proven for one in info.adapters)
     return info.reason
@@ -89,7 +89,7 @@ def edit_card(folder: Path, **changes: object) -> None:
 
 
 def test_the_right_adapter_is_ready(make_engine: MakeEngine, base: Path, adapter: Path) -> None:
-    info = started(make_engine, base, twin=adapter)
+    info = started(make_engine, base, {"twin": adapter})
     assert info.ready and info.policy, info.reason
     (one,) = info.adapters
     assert one.proven and one.proof == "references" and one.tolerance_nat == 0.02
@@ -98,7 +98,7 @@ def test_the_right_adapter_is_ready(make_engine: MakeEngine, base: Path, adapter
 
 
 def test_three_adapters_at_once_are_ready(make_engine: MakeEngine, base: Path, adapters: dict[str, Path]) -> None:
-    info = started(make_engine, base, **adapters)
+    info = started(make_engine, base, adapters)
     assert info.ready, info.reason
     assert [(one.name, one.proven, one.proof) for one in info.adapters] == [(n, True, "references") for n in adapters]
 
@@ -158,7 +158,7 @@ def test_a_missing_file_is_refused(make_engine: MakeEngine, base: Path, adapter:
 
 def test_allow_unproven_serves_with_policy_false(make_engine: MakeEngine, base: Path, adapter: Path) -> None:
     rename(adapter, "language_model.", "language_model.model.")
-    info = started(make_engine, base, unproven=True, twin=adapter)
+    info = started(make_engine, base, {"twin": adapter}, unproven=True)
     assert info.ready and not info.policy and info.reason
     assert not info.adapters[0].proven and not info.adapters[0].policy and info.adapters[0].problem
 
@@ -167,7 +167,7 @@ def test_an_older_card_gets_the_weaker_proof_and_info_says_so(
     make_engine: MakeEngine, base: Path, adapter: Path
 ) -> None:
     edit_card(adapter, reference_logprobs=None)
-    (one,) = started(make_engine, base, twin=adapter).adapters
+    (one,) = started(make_engine, base, {"twin": adapter}).adapters
     assert one.proven and one.proof == "difference" and one.distance_nat is None and one.tolerance_nat is None
 
 

@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import threading
 import time
 
 import pytest
-from server_fakes import run
+from server_fakes import kill_thread, run
 
 from vlm2vla_server.engines.base import GenerationError
 from vlm2vla_server.engines.worker import Outlet, Worker
-
-
-def kill_thread(name: str) -> None:
-    """Raise SystemExit inside a thread, wherever it is."""
-    (thread,) = [one for one in threading.enumerate() if one.name == name]
-    assert thread.ident is not None
-    done = ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
-    assert done == 1
 
 
 def counting(outlet: Outlet[int]) -> None:
@@ -30,7 +20,7 @@ def counting(outlet: Outlet[int]) -> None:
         time.sleep(0.002)
 
 
-def test_a_killed_thread_ends_every_stream_and_is_reported(recwarn: pytest.WarningsRecorder) -> None:
+def test_a_killed_thread_ends_every_stream_and_is_reported() -> None:
     async def work() -> None:
         worker = Worker("doomed")
         worker.start()

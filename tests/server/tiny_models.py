@@ -41,7 +41,7 @@ def write_proven_adapter(base: Path, folder: Path, seed: int, **card: Any) -> Pa
     """An active adapter whose card is complete, as `export` leaves it: hash, module count and references."""
     write_adapter(base, folder, seed, **card)
     linears = 7 * int(json.loads((base / "config.json").read_text())["text_config"]["num_hidden_layers"])
-    facts = {"base_hash": ModelCard.read(base).base_hash, "adapted_modules": linears}
-    facts |= {"reference_logprobs": measure_references(base, folder, IMAGE_SIZE)}
+    facts: dict[str, Any] = {"base_hash": ModelCard.read(base).base_hash, "adapted_modules": linears}
+    facts["reference_logprobs"] = measure_references(base, folder, IMAGE_SIZE)
     ModelCard.read(folder).model_copy(update=facts).write(folder)
     return folder

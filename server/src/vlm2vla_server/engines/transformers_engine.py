@@ -36,7 +36,7 @@ class TransformersEngine:
 
     def __init__(self, options: ModelOptions) -> None:
         self._options = options
-        self._worker = Worker("vlm2vla-engine", fatal=_device_is_lost)
+        self._worker = Worker("vlm2vla-engine", fatal=device_is_lost)
         self._model: HFModel | None = None
         self._grammars: GrammarCache | None = None
         self._decoded_tokens = 0
@@ -169,7 +169,7 @@ class TransformersEngine:
         return self._loaded().control_texts
 
 
-def _device_is_lost(problem: BaseException) -> bool:
+def device_is_lost(problem: BaseException) -> bool:
     """After most errors of a CUDA device its context is gone for the life of the process: every later call fails.
     Running out of memory is not one of them."""
     while problem.__cause__ is not None:
