@@ -263,10 +263,13 @@ def test_a_jump_of_the_wall_clock_changes_nothing(
     run(work())
 
 
-def test_only_log_lines_read_the_wall_clock() -> None:
+STAMPS = {"openai_api.py"}  # `created` of OpenAI's answers is a wall-clock stamp
+
+
+def test_nothing_is_timed_by_the_wall_clock() -> None:
     found = []
     root = Path(next(iter(vlm2vla_server.__path__)))
-    for path in root.rglob("*.py"):
+    for path in (one for one in root.rglob("*.py") if one.name not in STAMPS):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 name = f"{node.value.id}.{node.attr}"

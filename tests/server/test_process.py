@@ -49,8 +49,8 @@ class Stream(threading.Thread):
 
 
 def test_sigterm_under_load_finishes_what_it_can_and_exits_with_0(tmp_path: Path) -> None:
-    # 31 rows of about 6 tokens: too long for the drain time; the second stream waits behind it
-    with process(tmp_path, token_s=0.05, drain_s=1.0) as server:
+    # 31 rows of about 6 tokens: too long for the drain time; the second request waits behind it
+    with process(tmp_path, token_s=0.1, drain_s=6.0) as server:
         running = Stream(server.url)
         running.start_and_wait()
         queued: list[httpx.Response] = []

@@ -25,7 +25,7 @@ def setup(kind: str) -> None:
     """Send every log record to standard error in one of FORMATS; called once, by `cli`."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if kind == "json" else TextFormatter())
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
 def fields(**values: Any) -> dict[str, dict[str, Any]]:
