@@ -131,9 +131,9 @@ async def post(client: httpx.AsyncClient, seen: Seen, path: str, body: dict[str,
         seen.problem(f"{path}: {outcome}")
 
 
-async def robot(client: httpx.AsyncClient, seen: Seen, number: int, until_s: float) -> None:
+async def robot(client: httpx.AsyncClient, seen: Seen, number: int, until_s: float, least: int) -> None:
     chance, episode, count = random.Random(number), f"robot-{number}", 0
-    while time.monotonic() < until_s:
+    while time.monotonic() < until_s or count < least:
         count += 1
         if count % SUPERSEDE_EVERY == 0:
             await superseded_cycle(client, seen, episode, chance)
@@ -166,13 +166,14 @@ async def watch(client: httpx.AsyncClient, seen: Seen, pid: int, until_s: float)
         await asyncio.sleep(SAMPLE_S)
 
 
-async def load(url: str, robots: int, seconds: float, pid: int) -> tuple[Seen, str]:
+async def load(url: str, robots: int, seconds: float, pid: int, least: int = 0) -> tuple[Seen, str]:
+    """Run the robots for some seconds and at least `least` rounds each. Returns what was seen, and /metrics."""
     seen = Seen()
     until_s = time.monotonic() + seconds
     limits = httpx.Limits(max_connections=4 * robots + 8)
     timeout_s = DEADLINE_MS / 1000 + 30
     async with httpx.AsyncClient(base_url=url, timeout=timeout_s, limits=limits, trust_env=False) as client:
-        work = [robot(client, seen, number, until_s) for number in range(robots)]
+        work = [robot(client, seen, number, until_s, least) for number in range(robots)]
         ended = await asyncio.gather(
             *work, asker(client, seen, until_s), watch(client, seen, pid, until_s), return_exceptions=True
         )

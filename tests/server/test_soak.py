@@ -25,12 +25,12 @@ def soak(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_sound_server_gives_no_problem(soak: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(soak, "SAMPLE_S", 0.2)
     monkeypatch.setattr(soak, "SUPERSEDE_EVERY", 2)
-    with process(tmp_path, token_s=0.001) as server:
+    with process(tmp_path, token_s=0.003) as server:
         files = soak.open_files(server.popen.pid)
-        seen, metrics = asyncio.run(soak.load(server.url, 3, 4.0, server.popen.pid))
+        seen, metrics = asyncio.run(soak.load(server.url, 3, 1.0, server.popen.pid, least=2))
         waits = soak.mean_waits(metrics)
     assert seen.problems == []
-    assert seen.streams > 5 and seen.streams_without_end == 0
+    assert seen.streams >= 6 and seen.streams_without_end == 0
     assert seen.superseding == seen.superseded_cancelled + seen.superseded_finished_first > 0
     assert seen.superseded_cancelled > 0 and seen.superseded_won == 0
     assert set(waits) == {"act", "verify", "ask"} and seen.cycle_s and seen.first_row_s and seen.memory_mb
