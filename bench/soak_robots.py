@@ -52,6 +52,7 @@ class Seen:
     superseded_cancelled: int = 0
     superseded_finished_first: int = 0
     superseded_won: int = 0
+    superseded_swapped: int = 0
     cycle_s: list[float] = field(default_factory=list)
     first_row_s: list[float] = field(default_factory=list)
     health_s: list[float] = field(default_factory=list)
@@ -103,10 +104,11 @@ async def cycle(client: httpx.AsyncClient, seen: Seen, episode: str, chance: ran
 
 
 async def superseded_cycle(client: httpx.AsyncClient, seen: Seen, episode: str, chance: random.Random) -> None:
-    """An older cycle and, a moment later, a newer one of the same episode."""
+    """An older cycle and, a moment later, a newer one of the same episode. They travel on two connections: on a starved
+    machine the older may be received last, and is then the newer one for the server."""
     seen.superseding += 1
     older = asyncio.create_task(cycle(client, seen, episode, chance))
-    await asyncio.sleep(chance.random() * 0.5)
+    await asyncio.sleep(0.1 + chance.random() * 0.5)
     if older.done():
         seen.superseded_finished_first += 1
         return
@@ -115,11 +117,12 @@ async def superseded_cycle(client: httpx.AsyncClient, seen: Seen, episode: str, 
     if old.outcome == "cancelled":
         seen.superseded_cancelled += 1
     elif old.outcome == "done" and old.at_s > newer.at_s:
-        seen.superseded_won += 1
+        seen.superseded_won += newer.outcome != "cancelled"
+        seen.superseded_swapped += newer.outcome == "cancelled"
     else:
         seen.superseded_finished_first += 1
     for one in (old, newer):
-        if one.outcome not in HONEST | {"cancelled"} or (one is newer and one.outcome == "cancelled"):
+        if one.outcome not in HONEST | {"cancelled"}:
             seen.problem(f"superseding cycles of {episode}: {one.outcome}")
 
 
@@ -221,8 +224,8 @@ def judge(seen: Seen, waits: dict[str, float], exit_code: int, files: tuple[int,
         problems.append(f"{seen.streams_without_end} streams had no end, or more than one")
     if seen.superseded_won:
         problems.append(f"{seen.superseded_won} older cycles finished after the newer one of their episode")
-    if seen.superseding and not seen.superseded_cancelled:
-        problems.append("no older cycle was cancelled by a newer one")
+    if seen.superseding and seen.superseded_cancelled <= seen.superseded_swapped:
+        problems.append("older cycles were not cancelled by newer ones")
     if growth_mb(seen.memory_mb) > MAX_GROWTH_MB:
         problems.append(f"memory grew by {growth_mb(seen.memory_mb):.0f} MB after warm-up")
     in_order = [waits[kind] for kind in ("act", "verify", "ask") if kind in waits]
@@ -268,7 +271,8 @@ def main() -> int:
         "outcomes": dict(sorted(seen.outcomes.items())), "streams": seen.streams,
         "streams_without_end": seen.streams_without_end,
         "latest_wins": {"superseding": seen.superseding, "older_cancelled": seen.superseded_cancelled,
-                        "older_finished_before": seen.superseded_finished_first, "older_won": seen.superseded_won},
+                        "older_finished_before": seen.superseded_finished_first, "older_won": seen.superseded_won,
+                        "received_in_the_other_order": seen.superseded_swapped},
         "mean_queue_s": waits, "cycle_s": spread(seen.cycle_s), "first_row_s": spread(seen.first_row_s),
         "healthz_s": spread(seen.health_s), "memory_mb": seen.memory_mb,
         "growth_after_warm_up_mb": round(growth_mb(seen.memory_mb), 1), "open_files": files,
