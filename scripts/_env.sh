@@ -6,7 +6,7 @@
 #                            settings (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL, pip.conf) are honoured too
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-DEV_TOOLS=(ruff mypy pytest pytest-timeout hypothesis import-linter)
+DEV_TOOLS=(ruff mypy pytest pytest-timeout hypothesis import-linter openai schemathesis)
 GL_PACKAGES="libegl1 libegl-mesa0 libgl1-mesa-dri libgl1"
 
 say() { printf '%s\n' "$*"; }
@@ -101,7 +101,7 @@ setup_env() {
     warn_about_cuda_torch "$venv"
     # setuptools first: the packages are then built without an isolated environment each.
     pip_install "$venv" setuptools
-    local wanted=(-e "$ROOT/shared_schema" -e "$ROOT/twin[sim]" -e "$ROOT/server[transformers]" -e "$ROOT/client[sim]"
+    local wanted=(-e "$ROOT/shared_schema" -e "$ROOT/twin[sim]" -e "$ROOT/server[transformers,openai]" -e "$ROOT/client[sim]"
                   -e "$ROOT/training[sim,train]")
     [ "$level" = dev ] && wanted+=("${DEV_TOOLS[@]}")
     pip_install "$venv" --no-build-isolation "${wanted[@]}"

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from vlm2vla_schema.errors import ParseError
 from vlm2vla_schema.parsing import RowStream
 from vlm2vla_schema.types import Chunk
-from vlm2vla_server.engines.base import Delta, Engine, GenerationRequest
+from vlm2vla_server.engines.base import Delta, Engine, GenerationLost, GenerationRequest
 from vlm2vla_server.errors import DeadlineExceeded, UnparseableOutput, attempt_details
 from vlm2vla_server.metrics import Metrics
 from vlm2vla_server.stages import ServedModel, Stage
@@ -159,6 +159,11 @@ class Policy:
                     request = _request(stage, model, images, sampling, (seed + attempt) % MAX_SEED)
                     try:
                         value = await self._attempt(stage, request, text, spent, clocking, sink)
+                    except GenerationLost as lost:
+                        if text.sent_rows or attempt + 1 == sampling.max_attempts:
+                            raise
+                        failures.append(FailedAttempt(stage.name, text.raw, "lost", str(lost)))
+                        continue
                     except _AttemptFailed as failed:
                         failures.append(failed.failure)
                         self._metrics.failed_attempts.labels(stage.name).inc()
@@ -191,7 +196,7 @@ class Policy:
         started_s = time.monotonic()
         try:
             # Closing the stream frees the engine, whichever way this block is left.
-            async with _closing(self._engine.generate(request)) as deltas:
+            async with closing(self._engine.generate(request)) as deltas:
                 async for delta in deltas:
                     if not text.pieces:
                         spent.first_token_ms = max(0.0, _ms_since(started_s) - delta.queue_ms - delta.preprocess_ms)
@@ -225,7 +230,7 @@ async def _send_rows(rows: Sequence[list[float]], text: _Text, sink: RowSink) ->
 
 
 @asynccontextmanager
-async def _closing(deltas: AsyncIterator[Delta]) -> AsyncIterator[AsyncIterator[Delta]]:
+async def closing(deltas: AsyncIterator[Delta]) -> AsyncIterator[AsyncIterator[Delta]]:
     """Close an engine's iterator on the way out; the Protocol asks only for an iterator, which may have no aclose."""
     try:
         yield deltas

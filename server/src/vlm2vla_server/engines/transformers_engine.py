@@ -23,6 +23,7 @@ from vlm2vla_server.engines.base import (
     EngineLoad,
     GenerationError,
     GenerationRequest,
+    GrammarRefused,
     ScoreRequest,
 )
 from vlm2vla_server.engines.decoding import Constraint, Detokenizer, GrammarCache, pick_token
@@ -78,7 +79,7 @@ class TransformersEngine:
     def _generate(self, request: GenerationRequest, outlet: Outlet[Delta], received_s: float) -> None:
         started_s = time.monotonic()
         model = self._loaded()
-        prompt = model.encode(request.images, request.prompt)
+        prompt = model.encode(request.images, request.conversation)
         constraint = self._constraint(request.grammar)
         generator = torch.Generator("cpu").manual_seed(request.seed)
         text = Detokenizer(model.tokenizer, model.control_ids)
@@ -106,7 +107,10 @@ class TransformersEngine:
         if grammar is None:
             return None
         assert self._grammars is not None
-        return self._grammars.constraint(grammar)
+        try:
+            return self._grammars.constraint(grammar)
+        except RuntimeError as problem:
+            raise GrammarRefused("the grammar is not EBNF that xgrammar reads, with a rule 'root'") from problem
 
     @staticmethod
     def _choose(
@@ -128,7 +132,7 @@ class TransformersEngine:
 
         def work() -> list[float]:
             model = self._loaded()
-            prompt = model.encode(request.images, request.prompt)
+            prompt = model.encode(request.images, request.conversation)
             with model.using(request.adapter):
                 return model.log_probabilities(prompt, model.completion_ids(request.completion))
 
