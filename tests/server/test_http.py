@@ -285,7 +285,7 @@ def test_framework_errors_have_our_shape(tmp_path: Path) -> None:
     async def work() -> None:
         settings = with_settings(write_models(tmp_path), max_body_mb=1)
         async with serving(create_app(settings, FakeEngine())) as caller:
-            for path in ("/nope", "/vqa/", "/v1/models", "/", "/docs/x"):
+            for path in ("/nope", "/vqa/", "/models", "/", "/docs/x"):
                 answer = await caller.get(path)
                 assert (answer.status, answer.code) == (404, "not_found")
             for method, path in (
