@@ -51,6 +51,8 @@ def test_an_answer_has_openais_shape_and_unknown_fields_are_ignored(tmp_path: Pa
             request = engine.requests[-1]
             assert (request.adapter, request.seed, request.temperature, request.top_p) == ("twin", 5, 1.0, 1.0)
             assert request.grammar is None and request.max_tokens == 400
+            assert (await caller.post(CHAT, {**HELLO, "top_p": 0, "seed": -1})).status == 200
+            assert 0 < engine.requests[-1].top_p < 1e-5 and engine.requests[-1].seed >= 0
             assert (await caller.get("/metrics")).body.decode().count('stage="chat"') >= 3
 
     run(work())
@@ -177,7 +179,7 @@ TOO_MANY = [{"role": "user", "content": [PICTURE] * 9}]
         {"messages": TOO_MANY},
         {"temperature": 2.5},
         {"temperature": "0.5"},
-        {"top_p": 0},
+        {"top_p": -0.1},
         {"n": 2},
         {"max_tokens": 0},
         {"stop": ["a"] * 5},

@@ -116,35 +116,34 @@ def _add_generating(
     )
 
 
-def _error_responses() -> dict[int | str, dict[str, Any]]:
+def _error_responses(*which: ErrorCode) -> dict[int | str, dict[str, Any]]:
     codes: dict[int, list[str]] = {}
-    for code in ErrorCode:
+    for code in which or ErrorCode:
         codes.setdefault(code.http_status, []).append(code.value)
     return {status: {"model": ErrorBody, "description": ", ".join(names)} for status, names in codes.items()}
 
 
 def _add_plain(api: FastAPI, service: Service) -> None:
+    failures = _error_responses(ErrorCode.UNAUTHORIZED, ErrorCode.ENGINE_FAILURE)
+    not_ready = _error_responses(ErrorCode.NOT_READY)
+
     @api.get("/healthz", summary="The process is alive")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
-    @api.get("/readyz", summary="Weights loaded, warmed up, adapters proven active", responses=_not_ready())
+    @api.get("/readyz", summary="Weights loaded, warmed up, adapters proven active", responses=not_ready)
     async def readyz() -> dict[str, str | None]:
         service.require_ready()
         return {"status": "ready", "reason": service.reason}
 
-    @api.get("/info", summary="Protocol, models, limits, units, versions")
+    @api.get("/info", summary="Protocol, models, limits, units, versions", responses=failures)
     async def info() -> ServerInfo:
         return service.info()
 
-    @api.get("/metrics", summary="Prometheus", response_class=Response)
+    @api.get("/metrics", summary="Prometheus", response_class=Response, responses=failures)
     async def metrics() -> Response:
         text = service.metrics.exposition(service.engine.load())
         return Response(text, media_type=service.metrics.content_type)
-
-
-def _not_ready() -> dict[int | str, dict[str, Any]]:
-    return {503: {"model": ErrorBody, "description": "not_ready"}}
 
 
 def _add_error_handlers(api: FastAPI) -> None:

@@ -29,6 +29,8 @@ MAX_GRAMMAR_CHARS = 65_536
 MAX_GRAMMAR_DEPTH = 32
 DEFAULT_DEADLINE_MS = 600_000
 """An OpenAI client says how long it waits by hanging up."""
+SMALLEST_TOP_P = 1e-6
+"""OpenAI's callers may send 0, the likeliest token only; engines want a share above it."""
 MAX_STOPS, MAX_STOP_CHARS = 4, 200
 
 
@@ -93,7 +95,7 @@ class ChatRequest(_Part):
     model: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=256)]
     temperature: Temperature | None = None
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    top_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=32_768)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=32_768)] | None = None
@@ -206,7 +208,7 @@ async def complete(request: ChatRequest, call: Call) -> ChatResult:
         prompt="",
         adapter=model.adapter,
         temperature=1.0 if request.temperature is None else request.temperature,
-        top_p=1.0 if request.top_p is None else request.top_p,
+        top_p=1.0 if request.top_p is None else max(request.top_p, SMALLEST_TOP_P),
         seed=secrets.randbelow(2**31) if request.seed is None else request.seed % MAX_SEED,
         max_tokens=limit,
         grammar=grammar,

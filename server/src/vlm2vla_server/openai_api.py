@@ -106,11 +106,28 @@ def add_routes(api: FastAPI, service: Service) -> None:
         openapi_extra={
             "requestBody": {
                 "required": True,
-                "content": {"application/json": {"schema": ChatRequest.model_json_schema()}},
+                "content": {"application/json": {"schema": _inlined(ChatRequest.model_json_schema())}},
             }
         },
     )
     api.add_api_route("/v1/models", models, methods=["GET"], summary="OpenAI's list of models", responses=_errors())
+
+
+def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema without `$defs`: inside an OpenAPI document, references start at the document's root."""
+    definitions = schema.pop("$defs", {})
+
+    def resolve(node: Any) -> Any:
+        if isinstance(node, list):
+            return [resolve(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            return resolve(definitions[node["$ref"].rsplit("/", 1)[1]])
+        return {key: resolve(value) for key, value in node.items() if key != "discriminator"}
+
+    resolved: dict[str, Any] = resolve(schema)
+    return resolved
 
 
 def _errors() -> dict[int | str, dict[str, Any]]:
