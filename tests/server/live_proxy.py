@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import shutil
 import socket
 import subprocess
 import time
@@ -13,6 +15,7 @@ from pathlib import Path
 from live_server import Live, free_port
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "serve.md"
+PROGRAM = shutil.which("haproxy", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin") or "haproxy"
 START_LIMIT_S = 20.0
 
 
@@ -32,7 +35,7 @@ def live_proxy(replicas: Sequence[Live], folder: Path) -> Iterator[str]:
     file = folder / "haproxy.cfg"
     file.write_text(configuration(port, replicas))
     with (folder / "haproxy.log").open("wb") as log:
-        process = subprocess.Popen(["haproxy", "-db", "-f", str(file)], stdout=log, stderr=log)
+        process = subprocess.Popen([PROGRAM, "-db", "-f", str(file)], stdout=log, stderr=log)
     try:
         deadline_s = time.monotonic() + START_LIMIT_S
         while True:

@@ -119,6 +119,11 @@ class OpenAIEngine:
         if self._client is not None:
             await self._client.aclose()
 
+    async def wait_dead(self) -> str:
+        """Never returns: an endpoint that is gone may come back, and requests say meanwhile that it is."""
+        await asyncio.Event().wait()
+        return ""
+
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Delta]:
         """Stream one generation. Lost before its first text, it is asked for again after a short pause."""
         began_s = time.monotonic()
@@ -201,7 +206,7 @@ class OpenAIEngine:
         """What can be known from outside: no hash of the weights and no number of adapted modules."""
         adapters = tuple(AdapterLoad(name, "", None) for name, _ in self._options.adapters)
         versions = {"httpx": httpx.__version__}
-        return EngineInfo("openai", "endpoint", "unknown", self._context_tokens, "", adapters, versions)
+        return EngineInfo("openai", "endpoint", self._options.dtype, self._context_tokens, "", adapters, versions)
 
     def load(self) -> EngineLoad:
         """Momentary load of this server; what the endpoint does for others is not seen. Pieces count as tokens."""

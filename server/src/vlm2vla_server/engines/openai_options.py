@@ -33,6 +33,7 @@ class EndpointOptions:
     repetition_penalty, prompt_logprobs, grammars), "openai" none of them. grammar: vLLM's field for a grammar, or
     "off": the text is then free and the strict parser alone decides. base: the endpoint's name of the base; None takes
     "base" when it is offered, else the only model that is no adapter. adapters: (our name, the endpoint's name).
+    dtype: what the endpoint is said to compute in, which cannot be seen from outside.
     """
 
     url: str
@@ -42,6 +43,7 @@ class EndpointOptions:
     base: str | None = None
     adapters: tuple[tuple[str, str], ...] = ()
     model: Path | None = None
+    dtype: str = "unknown"
     connect_timeout_s: float = 5.0
     read_timeout_s: float = 60.0
     start_timeout_s: float = 120.0
@@ -51,7 +53,7 @@ def read_options(
     options: Mapping[str, str], adapters: tuple[str, ...], model: Path, environment: Mapping[str, str]
 ) -> EndpointOptions:
     """`--engine-option`s as EndpointOptions. Raises ConfigurationError."""
-    known = {"url", "dialect", "grammar", "base", "connect_timeout_s", "read_timeout_s", "start_timeout_s"}
+    known = {"url", "dialect", "grammar", "base", "dtype", "connect_timeout_s", "read_timeout_s", "start_timeout_s"}
     unknown = [key for key in options if key not in known and not key.startswith("model.")]
     strangers = [key for key in options if key.startswith("model.") and key[len("model.") :] not in adapters]
     if unknown or strangers:
@@ -74,6 +76,7 @@ def read_options(
         base=options.get("base"),
         adapters=tuple((name, options.get(f"model.{name}", name)) for name in adapters),
         model=model,
+        dtype=options.get("dtype", "unknown"),
         **{key: _seconds(key, options[key]) for key in options if key.endswith("_timeout_s")},
     )
 
