@@ -99,9 +99,10 @@ def test_openais_client_understands_the_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as long:
         client.chat.completions.create(model="twin", messages=[{"role": "user", "content": "carrot " * 14_000}])
     assert long.value.code == "context_length_exceeded"
-    with pytest.raises(openai.BadRequestError) as grammar:
-        client.chat.completions.create(model="twin", messages=hello, extra_body={"guided_grammar": "root ::= ((("})
-    assert grammar.value.code == "invalid_request"
+    for text in ("root ::= (((", "root ::= root", 'start ::= "a"'):
+        with pytest.raises(openai.BadRequestError) as grammar:
+            client.chat.completions.create(model="twin", messages=hello, extra_body={"guided_grammar": text})
+        assert grammar.value.code == "invalid_request"
 
 
 def test_a_grammar_over_v1_constrains_the_text(client: openai.OpenAI) -> None:

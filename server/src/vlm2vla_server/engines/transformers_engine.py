@@ -118,7 +118,10 @@ class TransformersEngine:
     ) -> int:
         if constraint is None:
             return pick_token(logits, request.temperature, request.top_p, generator)
-        token = pick_token(constraint.mask(logits.clone()), request.temperature, request.top_p, generator)
+        allowed = constraint.mask(logits.clone())
+        if float(allowed.max()) == float("-inf"):
+            raise GrammarRefused("the grammar allows no text that goes on from here")
+        token = pick_token(allowed, request.temperature, request.top_p, generator)
         constraint.accept(token)
         return token
 
