@@ -6,7 +6,7 @@
 #                            settings (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL, pip.conf) are honoured too
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-DEV_TOOLS=(ruff mypy pytest pytest-timeout hypothesis import-linter)
+DEV_TOOLS=(ruff mypy pytest pytest-timeout hypothesis import-linter openai schemathesis)
 GL_PACKAGES="libegl1 libegl-mesa0 libgl1-mesa-dri libgl1"
 
 say() { printf '%s\n' "$*"; }
@@ -55,6 +55,22 @@ check_opengl() {
     return 2
 }
 
+# One test kills a replica behind this proxy.
+check_haproxy() {
+    PATH="$PATH:/usr/sbin:/usr/local/sbin" command -v haproxy >/dev/null && return 0
+    if is_debian && [ "$(id -u)" = 0 ]; then
+        say "Installing haproxy, which one of the tests needs"
+        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-upgrade --no-install-recommends haproxy; } >&2 \
+            || die "apt-get could not install haproxy"
+        return 0
+    fi
+    {
+        say "error: haproxy was not found; one of the tests puts it in front of two servers."
+        if is_debian; then say "  install it:  sudo apt-get install -y haproxy"; else say "  install your distribution's package haproxy."; fi
+    } >&2
+    return 2
+}
+
 # pip with the pinned versions; says nothing unless it fails.
 pip_install() {
     local venv="$1"; shift
@@ -92,6 +108,7 @@ warn_about_cuda_torch() {
 setup_env() {
     local level="$1" venv="$ROOT/.venv" mark stamp
     check_opengl || exit 2
+    if [ "$level" = dev ]; then check_haproxy || exit 2; fi
     make_venv "$venv" || exit 2
     stamp="$(fingerprint "$venv/bin/python" "${DEV_TOOLS[@]}")"
     for mark in "$venv/.vlm2vla-dev" "$venv/.vlm2vla-$level"; do
@@ -101,7 +118,7 @@ setup_env() {
     warn_about_cuda_torch "$venv"
     # setuptools first: the packages are then built without an isolated environment each.
     pip_install "$venv" setuptools
-    local wanted=(-e "$ROOT/shared_schema" -e "$ROOT/twin[sim]" -e "$ROOT/server[transformers]" -e "$ROOT/client[sim]"
+    local wanted=(-e "$ROOT/shared_schema" -e "$ROOT/twin[sim]" -e "$ROOT/server[transformers,openai]" -e "$ROOT/client[sim]"
                   -e "$ROOT/training[sim,train]")
     [ "$level" = dev ] && wanted+=("${DEV_TOOLS[@]}")
     pip_install "$venv" --no-build-isolation "${wanted[@]}"

@@ -86,7 +86,7 @@ def test_loopback_needs_no_key(host: str) -> None:
     [
         (["serve"], "no model"),
         (["serve", "--engine", "vllm", "--model", "BASE"], "not built yet"),
-        (["check", "--engine", "openai", "--model", "BASE"], "not built yet"),
+        (["check", "--engine", "openai", "--model", "BASE"], "--engine-option url="),
         (["serve", "--engine", "transformers", "--model", "nowhere"], "not a folder"),
         (["serve", "--engine", "transformers", "--model", "BASE", "--adapter", "x"], "NAME=PATH"),
         (["serve", "--engine", "transformers", "--model", "BASE", "--host", "0.0.0.0"], "--api-key"),

@@ -65,7 +65,8 @@ def _add_flags(command: argparse.ArgumentParser) -> None:
         dest="engine_options",
         action="append",
         metavar="KEY=VALUE",
-        help="passed to the engine; transformers takes device, dtype, prefix_cache_entries",
+        help="passed to the engine: transformers takes device, dtype, prefix_cache_entries; openai takes url, dialect, "
+        "grammar, base, model.NAME and time limits (docs/serve.md)",
     )
 
 
@@ -93,6 +94,8 @@ def find_checkout(start: Path) -> Path:
 
 def build_engine(settings: Settings) -> Engine:
     """The engine that the settings name. Raises ConfigurationError, also for one that is not built yet."""
+    if settings.engine == "openai":
+        return _build_openai(settings)
     if settings.engine != "transformers":
         raise ConfigurationError(
             f"--engine {settings.engine} is not built yet; use --engine transformers (installed by the extra "
@@ -122,6 +125,19 @@ def build_engine(settings: Settings) -> Engine:
             prefix_cache_entries=int(entries),
         )
     )
+
+
+def _build_openai(settings: Settings) -> Engine:
+    try:
+        from vlm2vla_server.engines.openai_engine import OpenAIEngine
+        from vlm2vla_server.engines.openai_options import read_options
+    except ImportError as problem:
+        raise ConfigurationError(
+            f"the openai engine needs {problem.name}: pip install 'vlm2vla-server[openai]'"
+        ) from problem
+    adapters = tuple(name for name, _ in settings.adapters)
+    options = read_options(dict(settings.engine_options), adapters, settings.require_model(), os.environ)
+    return OpenAIEngine(options)
 
 
 def serve(settings: Settings) -> int:

@@ -13,9 +13,10 @@ import logging
 import time
 import uuid
 
+from pydantic import BaseModel
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vlm2vla_schema.errors import ErrorBody, ErrorInfo
+from vlm2vla_schema.errors import ErrorBody, ErrorCode, ErrorInfo
 from vlm2vla_server import logs
 from vlm2vla_server.errors import EngineFailure, ServerError, Unauthorized
 from vlm2vla_server.metrics import Metrics
@@ -41,6 +42,40 @@ def error_body(problem: ServerError, request_id: str | None) -> bytes:
         return json.dumps({"error": info.model_dump(mode="python")}, default=str).encode()
 
 
+class OpenAIError(BaseModel):
+    """What went wrong, as OpenAI's clients read it."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str
+
+
+class OpenAIErrorBody(BaseModel):
+    """The body of every answer of /v1 that is not a success."""
+
+    error: OpenAIError
+
+
+def openai_status(code: ErrorCode) -> int:
+    """The HTTP status of a code under /v1: OpenAI answers 400 to an invalid request."""
+    return 400 if code is ErrorCode.INVALID_REQUEST else code.http_status
+
+
+def openai_error_body(problem: ServerError) -> bytes:
+    """The wire form of an error under /v1, on one line."""
+    kind = "invalid_request_error" if problem.code.http_status < 499 else "server_error"
+    code = problem.openai_code or problem.code.value
+    return OpenAIErrorBody(error=OpenAIError(message=problem.message, type=kind, code=code)).model_dump_json().encode()
+
+
+def error_answer(problem: ServerError, path: str, request_id: str | None) -> tuple[int, bytes]:
+    """Status and body of an error, in the shape of the path that was asked."""
+    if path == "/v1" or path.startswith("/v1/"):
+        return openai_status(problem.code), openai_error_body(problem)
+    return problem.code.http_status, error_body(problem, request_id)
+
+
 class Guard:
     """Wraps the app. `paths` are the known paths, used as metric labels; anything else counts as "other"."""
 
@@ -61,7 +96,7 @@ class Guard:
         if scope["type"] != "http":  # no websockets here
             await send({"type": "websocket.close", "code": 1008})
             return
-        exchange = _Exchange(receive, send, self._drain_bytes)
+        exchange = _Exchange(receive, send, self._drain_bytes, scope["path"])
         received_s = time.monotonic()
         scope[RECEIVED_KEY] = received_s
         scope[REQUEST_ID_KEY] = exchange.request_id
@@ -107,9 +142,10 @@ def _log_request(scope: Scope, path: str, status: int, took_s: float) -> None:
 class _Exchange:
     """One request's two directions, watched: was the body read, has the answer begun, with which status."""
 
-    def __init__(self, receive: Receive, send: Send, drain_bytes: int) -> None:
+    def __init__(self, receive: Receive, send: Send, drain_bytes: int, path: str) -> None:
         self._receive = receive
         self._send = send
+        self._path = path
         self._drain_bytes = drain_bytes
         self._body_done = False
         self.drains = True
@@ -136,10 +172,10 @@ class _Exchange:
         """Answer with an error, unless an answer has begun already."""
         if self.status is not None:
             return
-        body = error_body(problem, self.request_id)
+        status, body = error_answer(problem, self._path, self.request_id)
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         headers += [(name.lower().encode(), value.encode()) for name, value in problem.headers.items()]
-        await self.send({"type": "http.response.start", "status": problem.code.http_status, "headers": headers})
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
         await self.send({"type": "http.response.body", "body": body})
 
     async def _drain(self) -> None:

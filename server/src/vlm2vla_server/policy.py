@@ -22,7 +22,7 @@ from vlm2vla_schema.errors import ParseError
 from vlm2vla_schema.parsing import RowStream
 from vlm2vla_schema.types import Chunk
 from vlm2vla_server import logs
-from vlm2vla_server.engines.base import Delta, Engine, GenerationRequest
+from vlm2vla_server.engines.base import Delta, Engine, GenerationLost, GenerationRequest
 from vlm2vla_server.errors import DeadlineExceeded, UnparseableOutput, attempt_details
 from vlm2vla_server.metrics import Metrics
 from vlm2vla_server.stages import ServedModel, Stage
@@ -169,6 +169,11 @@ class Policy:
                     try:
                         self._metrics.attempts.labels(stage.name, model.name).inc()
                         value = await self._attempt(stage, request, text, spent, model.name, sink)
+                    except GenerationLost as lost:
+                        if text.sent_rows or attempt + 1 == sampling.max_attempts:
+                            raise
+                        failures.append(FailedAttempt(stage.name, text.raw, "lost", str(lost)))
+                        continue
                     except _AttemptFailed as failed:
                         failures.append(failed.failure)
                         self._metrics.failed_attempts.labels(stage.name, model.name).inc()
@@ -202,7 +207,7 @@ class Policy:
         started_s = time.monotonic()
         try:
             # Closing the stream frees the engine, whichever way this block is left.
-            async with _closing(self._engine.generate(request)) as deltas:
+            async with closing(self._engine.generate(request)) as deltas:
                 async for delta in deltas:
                     if not text.pieces:
                         spent.first_token_ms = max(0.0, _ms_since(started_s) - delta.queue_ms - delta.preprocess_ms)
@@ -244,7 +249,7 @@ async def _send_rows(rows: Sequence[list[float]], text: _Text, sink: RowSink) ->
 
 
 @asynccontextmanager
-async def _closing(deltas: AsyncIterator[Delta]) -> AsyncIterator[AsyncIterator[Delta]]:
+async def closing(deltas: AsyncIterator[Delta]) -> AsyncIterator[AsyncIterator[Delta]]:
     """Close an engine's iterator on the way out; the Protocol asks only for an iterator, which may have no aclose."""
     try:
         yield deltas

@@ -17,7 +17,7 @@ from vlm2vla_schema.prompts import PROMPT_VERSIONS
 from vlm2vla_schema.types import MODEL_CARD_FILE, ModelCard, ModelCardError
 from vlm2vla_server.adapter_proof import Proof, ProofKind, prove, scope_problem
 from vlm2vla_server.admission import Admission, Episodes
-from vlm2vla_server.engines.base import Engine, EngineInfo, GenerationRequest
+from vlm2vla_server.engines.base import Engine, EngineInfo, GenerationRequest, ScoreUnavailable
 from vlm2vla_server.errors import ConfigurationError, EngineFailure, NotReady, ServerError, UnknownModel
 from vlm2vla_server.metrics import Metrics
 from vlm2vla_server.policy import Policy
@@ -149,13 +149,17 @@ class Service:
     async def _prove_adapters(self) -> None:
         assert self._engine_info is not None
         loads = {load.name: load for load in self._engine_info.adapters}
-        self._proofs = await prove(self.engine, {name: self._cards[name] for name, _ in self.settings.adapters})
+        unprovable: str | None = None
+        try:
+            self._proofs = await prove(self.engine, {name: self._cards[name] for name, _ in self.settings.adapters})
+        except ScoreUnavailable as missing:
+            self._proofs, unprovable = {}, f"the adapters cannot be proven active: {missing}"
         self.models = {}
         for name, folder in self.settings.adapters:
             card, load = self._cards[name], loads.get(name)
             problem = scope_problem(name, folder) or (load.problem if load else None)
             problem = problem or card_problem(card, load.adapted_modules if load else 0, self._engine_info.model_hash)
-            problem = problem or self._proofs[name].problem
+            problem = problem or unprovable or self._proofs[name].problem
             self.models[name] = ServedModel(name, name, card, proven=problem is None, problem=problem)
         self.models[BASE_MODEL_NAME] = ServedModel(BASE_MODEL_NAME, None, self._cards[BASE_MODEL_NAME])
 
@@ -222,7 +226,7 @@ class Service:
             model=self.default_model,
             policy=bool(self.ready and default and default.policy),
             base_model=self._cards[BASE_MODEL_NAME].name if BASE_MODEL_NAME in self._cards else None,
-            base_hash=engine.model_hash if engine else None,
+            base_hash=(engine.model_hash or None) if engine else None,
             stages=list(default.stages) if default else list(card.stages) if card else [],
             adapters=[
                 self._adapter_info(name, hashes.get(name, ""))
@@ -243,7 +247,7 @@ class Service:
             ready=self.ready,
             reason=self.reason,
             device=f"{engine.device} {engine.dtype}" if engine else None,
-            context_tokens=engine.context_tokens if engine else None,
+            context_tokens=(engine.context_tokens or None) if engine else None,
         )
 
     def _adapter_info(self, name: str, digest: str) -> ServedAdapterInfo:
@@ -294,9 +298,10 @@ def _untouched_card(folder: Path) -> ModelCard:
     return ModelCard(name=folder.resolve().name, base_model=folder.resolve().name, image_size=size)
 
 
-def card_problem(card: ModelCard, adapted_modules: int, base_hash: str) -> str | None:
-    """What keeps this server from doing as an adapter's card says; None when it can."""
-    if card.base_hash and card.base_hash != base_hash:
+def card_problem(card: ModelCard, adapted_modules: int | None, base_hash: str) -> str | None:
+    """What keeps this server from doing as an adapter's card says; None when it can. What an engine cannot know
+    (adapted_modules None, base_hash "") is not compared."""
+    if card.base_hash and base_hash and card.base_hash != base_hash:
         return (
             f"the card of {card.name!r} was written for a base with sha256 {card.base_hash[:12]}..., the loaded base "
             f"has {base_hash[:12]}..."
@@ -305,7 +310,7 @@ def card_problem(card: ModelCard, adapted_modules: int, base_hash: str) -> str |
         ours = PROMPT_VERSIONS.get(stage)
         if ours is not None and ours != version:
             return f"the card of {card.name!r} asks for prompt {stage} {version!r}; this server has {ours!r}"
-    if card.adapted_modules and card.adapted_modules != adapted_modules:
+    if card.adapted_modules and adapted_modules is not None and card.adapted_modules != adapted_modules:
         return (
             f"the card of {card.name!r} says {card.adapted_modules} adapted modules, the loaded adapter has "
             f"{adapted_modules}"

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import torch
 import transformers
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vlm2vla_server.engines.adapters import LoadedAdapter, load_adapter
-from vlm2vla_server.engines.base import EngineStartError, PromptTooLong
+from vlm2vla_server.engines.base import Conversation, EngineStartError, PromptRefused, PromptTooLong
 from vlm2vla_server.engines.decoding import control_tokens
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -90,19 +91,23 @@ class HFModel:
         self._prefixes: OrderedDict[bytes, Any] = OrderedDict()
         self._prefix_entries = options.prefix_cache_entries
 
-    def encode(self, images: Sequence[NDArray[np.uint8]], text: str) -> Prompt:
-        """The chat template around images and text, with the answer about to begin. The template writes the only BOS;
-        pan-and-scan is off."""
-        content: list[dict[str, Any]] = [{"type": "image", "image": Image.fromarray(image)} for image in images]
-        content.append({"type": "text", "text": text})
-        inputs = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"do_pan_and_scan": False} if images else {},
-        )
+    def encode(self, images: Sequence[NDArray[np.uint8]], conversation: Conversation) -> Prompt:
+        """The chat template around the conversation, with the answer about to begin. The template writes the only BOS;
+        pan-and-scan is off. Raises PromptTooLong, PromptRefused."""
+        try:
+            inputs = self.processor.apply_chat_template(
+                _messages(images, conversation),
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"do_pan_and_scan": False} if images else {},
+            )
+        except jinja2.TemplateError as problem:
+            raise PromptRefused(
+                "the model's chat template refuses this order of turns; most want user and assistant in turn, the "
+                "user first, after at most one system message"
+            ) from problem
         ids = inputs["input_ids"].to(self.device)
         kinds = inputs.get("token_type_ids")
         kinds = torch.zeros_like(ids) if kinds is None else kinds.to(self.device)
@@ -198,6 +203,18 @@ class HFModel:
             values.append(float(torch.log_softmax(logits, dim=-1)[token]))
             logits = self.step(token, cache)
         return values
+
+
+def _messages(images: Sequence[NDArray[np.uint8]], conversation: Conversation) -> list[dict[str, Any]]:
+    """The conversation as processors take it."""
+    waiting = iter(images)
+
+    def part(text: str | None) -> dict[str, Any]:
+        if text is None:
+            return {"type": "image", "image": Image.fromarray(next(waiting))}
+        return {"type": "text", "text": text}
+
+    return [{"role": turn.role, "content": [part(text) for text in turn.parts]} for turn in conversation]
 
 
 def _branch(cache: Any) -> Any:

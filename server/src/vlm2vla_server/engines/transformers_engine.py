@@ -23,6 +23,7 @@ from vlm2vla_server.engines.base import (
     EngineLoad,
     GenerationError,
     GenerationRequest,
+    GrammarRefused,
     ScoreRequest,
 )
 from vlm2vla_server.engines.decoding import Constraint, Detokenizer, GrammarCache, pick_token
@@ -82,7 +83,7 @@ class TransformersEngine:
     def _generate(self, request: GenerationRequest, outlet: Outlet[Delta], received_s: float) -> None:
         started_s = time.monotonic()
         model = self._loaded()
-        prompt = model.encode(request.images, request.prompt)
+        prompt = model.encode(request.images, request.conversation)
         constraint = self._constraint(request.grammar)
         generator = torch.Generator("cpu").manual_seed(request.seed)
         text = Detokenizer(model.tokenizer, model.control_ids)
@@ -110,7 +111,10 @@ class TransformersEngine:
         if grammar is None:
             return None
         assert self._grammars is not None
-        return self._grammars.constraint(grammar)
+        try:
+            return self._grammars.constraint(grammar)
+        except RuntimeError as problem:
+            raise GrammarRefused("the grammar is not EBNF that xgrammar reads, with a rule 'root'") from problem
 
     @staticmethod
     def _choose(
@@ -118,7 +122,10 @@ class TransformersEngine:
     ) -> int:
         if constraint is None:
             return pick_token(logits, request.temperature, request.top_p, generator)
-        token = pick_token(constraint.mask(logits.clone()), request.temperature, request.top_p, generator)
+        allowed = constraint.mask(logits.clone())
+        if float(allowed.max()) == float("-inf"):
+            raise GrammarRefused("the grammar allows no text that goes on from here")
+        token = pick_token(allowed, request.temperature, request.top_p, generator)
         constraint.accept(token)
         return token
 
@@ -132,7 +139,7 @@ class TransformersEngine:
 
         def work() -> list[float]:
             model = self._loaded()
-            prompt = model.encode(request.images, request.prompt)
+            prompt = model.encode(request.images, request.conversation)
             with model.using(request.adapter):
                 return model.log_probabilities(prompt, model.completion_ids(request.completion))
 
