@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import logging
 import os
 import sys
@@ -61,7 +62,7 @@ def _add_flags(command: argparse.ArgumentParser) -> None:
         dest="engine_options",
         action="append",
         metavar="KEY=VALUE",
-        help="passed to the engine; transformers takes device, dtype, prefix_cache_entries",
+        help="passed to the engine; transformers takes device, dtype, prefix_cache_entries, vllm all of vLLM's own",
     )
 
 
@@ -89,18 +90,21 @@ def find_checkout(start: Path) -> Path:
 
 def build_engine(settings: Settings) -> Engine:
     """The engine that the settings name. Raises ConfigurationError, also for one that is not built yet."""
-    if settings.engine != "transformers":
-        raise ConfigurationError(
-            f"--engine {settings.engine} is not built yet; use --engine transformers (installed by the extra "
-            "'transformers')"
-        )
+    builders = {"transformers": _transformers_engine, "vllm": _vllm_engine}
+    if settings.engine not in builders:
+        raise ConfigurationError(f"--engine {settings.engine} is not built yet; use --engine vllm or transformers")
     try:
-        from vlm2vla_server.engines.hf_model import ModelOptions
-        from vlm2vla_server.engines.transformers_engine import TransformersEngine
+        return builders[settings.engine](settings)
     except ImportError as problem:
         raise ConfigurationError(
-            f"the transformers engine needs {problem.name}: pip install 'vlm2vla-server[transformers]'"
+            f"the {settings.engine} engine needs {problem.name}: pip install 'vlm2vla-server[{settings.engine}]'"
         ) from problem
+
+
+def _transformers_engine(settings: Settings) -> Engine:
+    from vlm2vla_server.engines.hf_model import ModelOptions
+    from vlm2vla_server.engines.transformers_engine import TransformersEngine
+
     options = dict(settings.engine_options)
     unknown = set(options) - {"device", "dtype", "prefix_cache_entries"}
     if unknown:
@@ -116,6 +120,23 @@ def build_engine(settings: Settings) -> Engine:
             dtype=options.get("dtype", "auto"),
             threads=settings.engine_threads,
             prefix_cache_entries=int(entries),
+        )
+    )
+
+
+def _vllm_engine(settings: Settings) -> Engine:
+    from vlm2vla_server.engines.vllm_engine import VLLMEngine
+    from vlm2vla_server.engines.vllm_options import VLLMOptions
+
+    if importlib.util.find_spec("vllm") is None:  # imported when the engine starts: it takes seconds
+        raise ImportError(name="vllm")
+    return VLLMEngine(
+        VLLMOptions(
+            model=settings.require_model(),
+            adapters=settings.adapters,
+            threads=settings.engine_threads,
+            max_concurrency=settings.max_concurrency,
+            engine_options=settings.engine_options,
         )
     )
 

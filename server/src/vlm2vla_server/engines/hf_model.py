@@ -67,9 +67,9 @@ class HFModel:
         if self.dtype_name not in DTYPES:
             raise EngineStartError(f"dtype {options.dtype!r}: expected auto, {', '.join(DTYPES)}")
         torch.set_num_threads(max(1, options.threads))
-        self.processor = _quietly_load(transformers.AutoProcessor, options.model)
+        self.processor = quietly_load(transformers.AutoProcessor, options.model)
         self.tokenizer = self.processor.tokenizer
-        base = _quietly_load(transformers.AutoModelForImageTextToText, options.model, dtype=DTYPES[self.dtype_name])
+        base = quietly_load(transformers.AutoModelForImageTextToText, options.model, dtype=DTYPES[self.dtype_name])
         self.network: Any = base.to(self.device).eval()
         self.model_hash = folder_hash(options.model)
         self.adapters: dict[str, LoadedAdapter] = {}
@@ -84,7 +84,7 @@ class HFModel:
         text_config = base.config.get_text_config()
         self.logit_width = int(text_config.vocab_size)
         self.context_tokens = int(getattr(text_config, "max_position_embeddings", 131072))
-        self.stop_ids = _stop_ids(base, self.tokenizer)
+        self.stop_ids = stop_ids(getattr(base.generation_config, "eos_token_id", None), self.tokenizer)
         control = control_tokens(self.tokenizer, self.stop_ids)
         self.control_ids, self.control_texts = frozenset(control), frozenset(control.values())
         self._prefixes: OrderedDict[bytes, Any] = OrderedDict()
@@ -215,7 +215,7 @@ def _device(name: str) -> str:
     return name
 
 
-def _quietly_load(factory: Any, folder: Path, **options: Any) -> Any:
+def quietly_load(factory: Any, folder: Path, **options: Any) -> Any:
     """`from_pretrained` from a local folder, never from the network and never running code from the folder."""
     try:
         return factory.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **options)
@@ -223,13 +223,13 @@ def _quietly_load(factory: Any, folder: Path, **options: Any) -> Any:
         raise EngineStartError(f"cannot load {factory.__name__} from {folder}: {problem}") from problem
 
 
-def _stop_ids(network: Any, tokenizer: Any) -> list[int]:
-    """End-of-turn first, then whatever else ends an answer."""
+def stop_ids(configured: Any, tokenizer: Any) -> list[int]:
+    """End-of-turn first, then whatever else ends an answer. configured: `eos_token_id` of the checkpoint's generation
+    settings: one id, several, or None. Raises EngineStartError when nothing ends an answer."""
     wanted: list[int] = []
     vocabulary = tokenizer.get_vocab()
     if "<end_of_turn>" in vocabulary:
         wanted.append(int(vocabulary["<end_of_turn>"]))
-    configured = getattr(network.generation_config, "eos_token_id", None)
     for source in (configured, tokenizer.eos_token_id):
         many = source if isinstance(source, list) else [source]
         wanted.extend(int(i) for i in many if i is not None)
