@@ -23,6 +23,7 @@ from vlm2vla_training.curation.examples import DIGIT_MAP
 from vlm2vla_training.errors import DataError, UsageError
 from vlm2vla_training.jsonio import read_json, sha256_of_files
 from vlm2vla_training.progress import finish
+from vlm2vla_training.servable import write_servable_names
 from vlm2vla_training.sft import ADAPTER_SCOPE
 from vlm2vla_training.sft_data import Collator, Encoder, Tokens
 
@@ -59,6 +60,8 @@ def run_export(args: argparse.Namespace) -> int:
     partial.mkdir(parents=True)
     dtype = getattr(torch, args.dtype)
     _copy_weights(args.run / summary["artifact"], partial, dtype, base_card.name)
+    if summary["full_finetune"]:
+        write_servable_names(partial)
     references = _references(base, partial, summary, args) if args.references else None
     card = model_card(args, summary, base_card, metrics, references)
     card.write(partial)
