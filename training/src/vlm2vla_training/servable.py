@@ -1,6 +1,6 @@
 """Tensor names that both transformers and vLLM load.
 
-transformers 5 saves a SigLIP or CLIP tower as `vision_tower.encoder...`; vLLM wants `vision_tower.vision_model.encoder...`
+transformers 5 saves a SigLIP or CLIP tower as `vision_tower.encoder`; vLLM wants `vision_tower.vision_model.encoder`,
 as in Google's own Gemma 3, and refuses the other at load. transformers reads both. So bases are written with those.
 """
 

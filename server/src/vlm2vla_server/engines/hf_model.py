@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vlm2vla_server.engines.adapters import LoadedAdapter, load_adapter
-from vlm2vla_server.engines.base import EngineStartError, PromptTooLong
+from vlm2vla_server.engines.base import EngineStartError, GenerationError, PromptTooLong
 from vlm2vla_server.engines.decoding import control_tokens
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -126,6 +126,8 @@ class HFModel:
             yield
 
     def _select(self, adapter: str | None) -> None:
+        if adapter is not None and adapter not in self.adapters:
+            raise GenerationError(f"the engine has no adapter {adapter!r}; it has {', '.join(self.adapters) or 'none'}")
         if adapter == self._active or self._peft is None:
             return
         if adapter is None:

@@ -62,7 +62,6 @@ class VLLMEngine:
         self._loras: dict[str, Any] = {}
         self._loaded: dict[str, LoadedAdapter] = {}
         self._model_hash = ""
-        self._closing = False
         self._running: dict[str, bool] = {}  # request id -> whether its first token is there
         self._decoded_tokens = 0
 
@@ -96,6 +95,7 @@ class VLLMEngine:
         self._llm = self._start_vllm()
 
     def _start_vllm(self) -> Any:
+        from vllm.config import StructuredOutputsConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -110,46 +110,44 @@ class VLLMEngine:
                 # Else a function of the sampler is compiled at the first score: a minute, and a C++ compiler is needed.
                 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         try:
-            return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=[_silent_logger()])
+            arguments["structured_outputs_config"] = StructuredOutputsConfig(**arguments["structured_outputs_config"])
+            return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         except Exception as problem:
             raise EngineStartError(f"vLLM cannot start with {self._options.model}: {problem}") from problem
 
     async def close(self) -> None:
         """Abort everything and end vLLM's processes."""
-        if self._llm is None or self._closing:
-            return
-        self._closing = True
-        for request_id in list(self._running):
-            await self._llm.abort(request_id)
-        self._llm.shutdown()
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            for request_id in list(self._running):
+                await llm.abort(request_id)
+            llm.shutdown()
 
     async def wait_dead(self) -> str:
         """Wait until vLLM's processes have died, and say so; streams end with GenerationError by themselves."""
         while True:
-            if self._llm is not None and not self._closing and self._llm.errored:
+            if self._llm is not None and self._llm.errored:
                 return "vLLM's engine process has died; its log says why"
             await asyncio.sleep(DEATH_POLL_S)
 
-    def _require(self, adapter: str | None) -> Any:
-        """The LoRARequest of an adapter, None for the base. Raises GenerationError."""
-        if self._llm is None or self._closing:
+    def _require(self, adapter: str | None) -> tuple[Any, Any]:
+        """AsyncLLM and the LoRARequest of an adapter, None for the base. Raises GenerationError."""
+        if self._llm is None:
             raise GenerationError("the engine is not started, or is shutting down")
-        if adapter is None:
-            return None
-        if adapter not in self._loras:
+        if adapter is not None and adapter not in self._loras:
             raise GenerationError(f"the engine has no adapter {adapter!r}; it has {', '.join(self._loras) or 'none'}")
-        return self._loras[adapter]
+        return self._llm, self._loras.get(adapter)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Delta]:
         """Stream one generation."""
-        lora = self._require(request.adapter)
+        llm, lora = self._require(request.adapter)
         started_s = time.monotonic()
         prompt = await asyncio.to_thread(self._prompt, request.images, request.prompt)
         preprocess_ms = (time.monotonic() - started_s) * 1000.0
         text, count, prompt_tokens = Detokenizer(self._tokenizer, self._control_ids), 0, 0
         request_id = uuid.uuid4().hex
         self._running[request_id] = False
-        outputs = self._llm.generate(prompt, self._sampling(request), request_id, lora_request=lora)
+        outputs = llm.generate(prompt, self._sampling(request), request_id, lora_request=lora)
         try:
             async for output in outputs:
                 self._running[request_id] = True
@@ -179,7 +177,7 @@ class VLLMEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        lora = self._require(request.adapter)
+        llm, lora = self._require(request.adapter)
         ids = self._tokenizer(request.completion, add_special_tokens=False)["input_ids"] if request.completion else []
         completion = [int(token) for token in [*ids, self._stop_ids[0]]]
         prompt = await asyncio.to_thread(self._prompt, request.images, request.prompt, completion)
@@ -188,7 +186,7 @@ class VLLMEngine:
         )
         rows: Sequence[Mapping[int, Any]] = ()
         try:
-            async for output in self._llm.generate(prompt, sampling, uuid.uuid4().hex, lora_request=lora):
+            async for output in llm.generate(prompt, sampling, uuid.uuid4().hex, lora_request=lora):
                 rows = output.prompt_logprobs[-len(completion) :]
         except Exception as problem:
             raise _translated(problem) from problem
@@ -293,24 +291,6 @@ def _translated(problem: Exception) -> ServerError:
     if "longer than the maximum model length" in str(problem):
         return PromptTooLong("images and text do not fit this model's context; /info says how many tokens it holds")
     return GenerationError("the model failed while generating; see the server's log")
-
-
-def _silent_logger() -> Any:
-    """A statistics logger that logs nothing: with one, vLLM keeps the times of each request; without its own loggers,
-    it neither prints nor fills a global Prometheus registry."""
-    from vllm.v1.metrics.loggers import StatLoggerBase
-
-    class Silent(StatLoggerBase):
-        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
-            pass
-
-        def record(self, *_: Any, **__: Any) -> None:
-            pass
-
-        def log_engine_initialized(self) -> None:
-            pass
-
-    return Silent
 
 
 def _vllm_version() -> str:
