@@ -18,13 +18,27 @@ Piece: TypeAlias = tuple[int, int, bool]
 to itself)."""
 
 
+PLUGIN = "vlm2vla-images-on-cpu"
+"""The entry point's name, which VLLM_PLUGINS has to hold when it is set."""
+BACKEND = f"{__name__}_backend.ImageAwareCPUBackend"
+
+
 def register() -> None:
     """Called by vLLM at the start of each of its processes; calling it again changes nothing."""
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     if current_platform.is_cpu():
-        register_backend(AttentionBackendEnum.CPU_ATTN, f"{__name__}_backend.ImageAwareCPUBackend")
+        register_backend(AttentionBackendEnum.CPU_ATTN, BACKEND)
+
+
+def is_registered() -> bool:
+    """Whether vLLM, told to load its plugins, has loaded this one."""
+    from vllm.plugins import load_general_plugins
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    load_general_plugins()
+    return bool(AttentionBackendEnum.CPU_ATTN.get_path() == BACKEND)
 
 
 def pieces(begin: int, end: int, images: Sequence[tuple[int, int]]) -> Iterator[Piece]:

@@ -23,6 +23,7 @@ import transformers
 from numpy.typing import NDArray
 from PIL import Image
 
+from vlm2vla_server.engines import vllm_cpu
 from vlm2vla_server.engines.adapters import LoadedAdapter, inspect_adapter
 from vlm2vla_server.engines.base import (
     AdapterLoad,
@@ -64,6 +65,7 @@ class VLLMEngine:
         self._model_hash = ""
         self._running: dict[str, bool] = {}  # request id -> whether its first token is there
         self._decoded_tokens = 0
+        self._closed = False
 
     async def start(self) -> None:
         """Import vLLM, start its processes, load base and adapters."""
@@ -92,7 +94,11 @@ class VLLMEngine:
         for number, (name, folder) in enumerate(self._options.adapters):
             self._loaded[name] = inspect_adapter(model, name, f"adapter{number}", folder)
         self._model_hash = folder_hash(model)
-        self._llm = self._start_vllm()
+        llm = self._start_vllm()
+        if self._closed:  # the server was told to stop meanwhile
+            llm.shutdown()
+            raise EngineStartError("the engine was closed while it started")
+        self._llm = llm
 
     def _start_vllm(self) -> Any:
         from vllm.config import StructuredOutputsConfig
@@ -105,6 +111,11 @@ class VLLMEngine:
         known = [field.name for field in fields(AsyncEngineArgs)]
         arguments = engine_arguments(self._options, known, on_cpu=self._on_cpu)
         if self._on_cpu:
+            if not vllm_cpu.is_registered():
+                raise EngineStartError(
+                    f"vLLM has not loaded this server's plugin {vllm_cpu.PLUGIN} and would misread images on a CPU; "
+                    "install vlm2vla-server with pip, and add the name to VLLM_PLUGINS if that is set"
+                )
             os.environ["OMP_NUM_THREADS"] = str(self._options.threads)
             if arguments["enforce_eager"]:
                 # Else a function of the sampler is compiled at the first score: a minute, and a C++ compiler is needed.
@@ -117,6 +128,7 @@ class VLLMEngine:
 
     async def close(self) -> None:
         """Abort everything and end vLLM's processes."""
+        self._closed = True
         llm, self._llm = self._llm, None
         if llm is not None:
             for request_id in list(self._running):
