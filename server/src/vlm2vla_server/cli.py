@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import logging
 import os
 import sys
@@ -65,8 +66,8 @@ def _add_flags(command: argparse.ArgumentParser) -> None:
         dest="engine_options",
         action="append",
         metavar="KEY=VALUE",
-        help="passed to the engine: transformers takes device, dtype, prefix_cache_entries; openai takes url, dialect, "
-        "grammar, base, model.NAME and time limits (docs/serve.md)",
+        help="passed to the engine: transformers takes device, dtype, prefix_cache_entries; vllm all of vLLM's own; "
+        "openai url, dialect, grammar, base, model.NAME and time limits (docs/serve.md)",
     )
 
 
@@ -93,21 +94,20 @@ def find_checkout(start: Path) -> Path:
 
 
 def build_engine(settings: Settings) -> Engine:
-    """The engine that the settings name. Raises ConfigurationError, also for one that is not built yet."""
-    if settings.engine == "openai":
-        return _build_openai(settings)
-    if settings.engine != "transformers":
-        raise ConfigurationError(
-            f"--engine {settings.engine} is not built yet; use --engine transformers (installed by the extra "
-            "'transformers')"
-        )
+    """The engine that the settings name. Raises ConfigurationError."""
+    builders = {"transformers": _transformers_engine, "vllm": _vllm_engine, "openai": _openai_engine}
     try:
-        from vlm2vla_server.engines.hf_model import ModelOptions
-        from vlm2vla_server.engines.transformers_engine import TransformersEngine
+        return builders[settings.engine](settings)
     except ImportError as problem:
         raise ConfigurationError(
-            f"the transformers engine needs {problem.name}: pip install 'vlm2vla-server[transformers]'"
+            f"the {settings.engine} engine needs {problem.name}: pip install 'vlm2vla-server[{settings.engine}]'"
         ) from problem
+
+
+def _transformers_engine(settings: Settings) -> Engine:
+    from vlm2vla_server.engines.hf_model import ModelOptions
+    from vlm2vla_server.engines.transformers_engine import TransformersEngine
+
     options = dict(settings.engine_options)
     unknown = set(options) - {"device", "dtype", "prefix_cache_entries"}
     if unknown:
@@ -127,17 +127,31 @@ def build_engine(settings: Settings) -> Engine:
     )
 
 
-def _build_openai(settings: Settings) -> Engine:
-    try:
-        from vlm2vla_server.engines.openai_engine import OpenAIEngine
-        from vlm2vla_server.engines.openai_options import read_options
-    except ImportError as problem:
-        raise ConfigurationError(
-            f"the openai engine needs {problem.name}: pip install 'vlm2vla-server[openai]'"
-        ) from problem
+def _openai_engine(settings: Settings) -> Engine:
+    from vlm2vla_server.engines.openai_engine import OpenAIEngine
+    from vlm2vla_server.engines.openai_options import read_options
+
     adapters = tuple(name for name, _ in settings.adapters)
     options = read_options(dict(settings.engine_options), adapters, settings.require_model(), os.environ)
     return OpenAIEngine(options)
+
+
+def _vllm_engine(settings: Settings) -> Engine:
+    from vlm2vla_server.engines.vllm_engine import VLLMEngine
+    from vlm2vla_server.engines.vllm_options import VLLMOptions
+
+    if importlib.util.find_spec("vllm") is None:  # imported when the engine starts: it takes seconds
+        raise ImportError(name="vllm")
+    return VLLMEngine(
+        VLLMOptions(
+            model=settings.require_model(),
+            adapters=settings.adapters,
+            threads=settings.engine_threads,
+            max_concurrency=settings.max_concurrency,
+            engine_options=settings.engine_options,
+        )
+    )
+
 
 
 def serve(settings: Settings) -> int:

@@ -32,6 +32,7 @@ from vlm2vla_training.curation.examples import DIGIT_MAP
 from vlm2vla_training.errors import DataError, UsageError
 from vlm2vla_training.jsonio import read_json, sha256_of_files
 from vlm2vla_training.progress import finish
+from vlm2vla_training.servable import write_servable_names
 from vlm2vla_training.sft import ADAPTER_SCOPE
 from vlm2vla_training.sft_data import Encoder
 
@@ -69,6 +70,8 @@ def _export_run(args: argparse.Namespace) -> int:
     partial = _partial(args.out)
     partial.mkdir(parents=True)
     _copy_weights(args.run / summary["artifact"], partial, getattr(torch, args.dtype), base_card.name)
+    if summary["full_finetune"]:
+        write_servable_names(partial)
     measure = args.references and not summary["full_finetune"]
     references = measure_references(base, partial, base_card.image_size, args.device) if measure else None
     card = model_card(args, summary, base_card, metrics, references)
