@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from vlm2vla_server.settings import BASE_MODEL_NAME, Settings
 from vlm2vla_server.stages import ServedModel, actions_stage, subtasks_stage, verify_stage
 
 log = logging.getLogger("vlm2vla_server")
+
+RESIZING_THREADS = 4
 
 
 class ServedAdapterInfo(AdapterInfo):
@@ -52,6 +55,7 @@ class Service:
         self.policy = Policy(engine, self.metrics)
         self.admission = Admission(settings.max_concurrency, self.metrics)
         self.episodes = Episodes()
+        self.resizing = ThreadPoolExecutor(RESIZING_THREADS, "vlm2vla-resize")  # starts threads when first used
         self.ready = False
         self.reason: str | None = "the model is loading"
         self.models: dict[str, ServedModel] = {}
@@ -85,6 +89,7 @@ class Service:
         self.reason = "the server is shutting down"
         self.metrics.ready.set(0)
         await self.engine.close()
+        self.resizing.shutdown(wait=False, cancel_futures=True)
 
     async def _prove_adapters(self) -> None:
         assert self._engine_info is not None
