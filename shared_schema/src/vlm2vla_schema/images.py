@@ -11,6 +11,7 @@ import io
 import re
 from collections.abc import Callable
 from concurrent.futures import Executor
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -138,7 +139,7 @@ def _squashed(image: Image.Image, size: int, pool: Executor | None = None) -> ND
 
 def _strips(length: int) -> list[tuple[int, int]]:
     edges = [length * part // _STRIPS for part in range(_STRIPS + 1)]
-    return [(low, high) for low, high in zip(edges, edges[1:], strict=False) if high > low]
+    return [(low, high) for low, high in pairwise(edges) if high > low]
 
 
 def from_base64(text: str) -> bytes:
