@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from vlm2vla_schema import messages as wire
 from vlm2vla_schema.errors import ImageError
-from vlm2vla_schema.images import decode_image, from_base64, to_model_square
+from vlm2vla_schema.images import decode_to_square, from_base64
 from vlm2vla_server.errors import InvalidImage, InvalidRequest
 from vlm2vla_server.policy import Clocking, Outcome, RowSink, Sampling, Spent
 from vlm2vla_server.service import Service
@@ -181,13 +181,13 @@ def refuse_control_tokens(service: Service, field: str, text: str | None) -> Non
 
 async def model_images(service: Service, model: ServedModel, texts: Sequence[str]) -> list[NDArray[np.uint8]]:
     """base64 texts to RGB squares of the model's size, on a thread. Raises InvalidImage."""
-    limit, size = service.settings.max_image_pixels, model.card.image_size
+    limit, size, pool = service.settings.max_image_pixels, model.card.image_size, service.resizing
 
     def decode() -> list[NDArray[np.uint8]]:
         squares = []
         for number, text in enumerate(texts, start=1):
             try:
-                squares.append(to_model_square(decode_image(from_base64(text), max_pixels=limit), size))
+                squares.append(decode_to_square(from_base64(text), size, limit, pool))
             except ImageError as problem:
                 raise InvalidImage(f"image {number} of {len(texts)}: {problem}") from None
         return squares
@@ -214,6 +214,7 @@ def _common(request: wire.GenerationFields, model: ServedModel, outcome: Outcome
             preprocess=spent.preprocess_ms,
             first_token=spent.first_token_ms,
             generate=spent.generate_ms,
+            parse=spent.parse_ms,
             total=spent.total_ms,
         ),
         "request_id": request.request_id,

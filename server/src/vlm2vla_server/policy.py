@@ -10,8 +10,8 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
 
@@ -79,6 +79,7 @@ class Spent:
     preprocess_ms: float = 0.0
     first_token_ms: float = 0.0
     generate_ms: float = 0.0
+    parse_ms: float = 0.0
     total_ms: float = 0.0
 
 
@@ -216,11 +217,12 @@ class Policy:
                     text.pieces.append(delta.text)
                     text.last = delta
                     if rows is not None and sink is not None:
-                        ready = rows.feed(delta.text)
+                        with _timed(spent):
+                            ready = rows.feed(delta.text)
                         if ready and not text.sent_rows:
                             self._metrics.first_row_seconds.labels(model).observe(_ms_since(started_s) / 1000.0)
                         await _send_rows(ready, text, sink)
-            return await self._accept(stage, text, rows, sink)
+            return await self._accept(stage, text, rows, sink, spent)
         except ParseError as problem:
             failure = FailedAttempt(stage.name, text.raw, text.finish, str(problem))
             raise _AttemptFailed(failure, final=text.sent_rows > 0) from None
@@ -232,10 +234,13 @@ class Policy:
                 log.info("attempt", extra=texts)
 
     @staticmethod
-    async def _accept(stage: Stage[T], text: _Text, rows: RowStream | None, sink: RowSink | None) -> T:
+    async def _accept(
+        stage: Stage[T], text: _Text, rows: RowStream | None, sink: RowSink | None, spent: Spent
+    ) -> T:
         if text.finish == "length" and stage.cut_is_failure:
             raise ParseError("the text was cut by max_tokens", text.raw, "an answer that ends by itself")
-        value = stage.parse(text.raw) if rows is None else cast("T", rows.close())
+        with _timed(spent):
+            value = stage.parse(text.raw) if rows is None else cast("T", rows.close())
         if sink is not None and isinstance(value, Chunk):
             await _send_rows(value.rows[text.sent_rows :], text, sink)
         return value
@@ -246,6 +251,16 @@ async def _send_rows(rows: Sequence[list[float]], text: _Text, sink: RowSink) ->
         index = text.sent_rows
         text.sent_rows += 1
         await sink(index, row)
+
+
+@contextmanager
+def _timed(spent: Spent) -> Iterator[None]:
+    """Count what happens inside as parsing."""
+    began_s = time.monotonic()
+    try:
+        yield
+    finally:
+        spent.parse_ms += _ms_since(began_s)
 
 
 @asynccontextmanager
