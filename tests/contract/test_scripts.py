@@ -117,6 +117,13 @@ def test_demo_says_why_a_server_did_not_start(checkout: Path) -> None:
     assert not (checkout / "arguments.json").exists()
 
 
+def test_demo_refuses_an_engine_that_it_does_not_know(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLM2VLA_ENGINE", "openai")
+    done = demo(checkout)
+    assert done.returncode == 2
+    assert "VLM2VLA_ENGINE=openai" in done.stderr
+
+
 def test_demo_names_a_missing_model(checkout: Path) -> None:
     shutil.rmtree(checkout / "models")
     done = demo(checkout)

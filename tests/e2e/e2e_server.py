@@ -67,6 +67,9 @@ class RecitingEngine:
     async def close(self) -> None:
         await asyncio.sleep(0)
 
+    async def wait_dead(self) -> str:
+        return await asyncio.get_running_loop().create_future()
+
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Delta]:
         text = self._reciter(request)
         starts = range(0, len(text), PIECE_CHARS)

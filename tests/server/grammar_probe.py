@@ -15,8 +15,8 @@ import xgrammar
 from numpy.typing import NDArray
 
 from vlm2vla_schema.errors import ParseError
+from vlm2vla_schema.probes import PROBE_PROMPTS, probe_image
 from vlm2vla_schema.types import ModelCard
-from vlm2vla_server.adapter_proof import PROOF_PROMPTS, proof_image
 from vlm2vla_server.engines.base import Engine, GenerationRequest
 from vlm2vla_server.stages import Stage, actions_stage, subtasks_stage, verify_stage
 
@@ -152,7 +152,7 @@ async def random_generations(
     lengths: list[int] = []
     failures: list[dict[str, Any]] = []
     for number, seed in enumerate(range(first_seed, first_seed + count), start=1):
-        pictures = tuple(proof_image((seed + place) % len(PROOF_PROMPTS), card.image_size) for place in range(images))
+        pictures = tuple(probe_image((seed + place) % len(PROBE_PROMPTS), card.image_size) for place in range(images))
         request = GenerationRequest(pictures, stage.prompt, None, 1.0, 1.0, seed, stage.max_tokens)
         text, finish, tokens = await generate(engine, _with_grammar(request, stage))
         lengths.append(tokens)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import ctypes
 import io
 import json
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,6 +47,14 @@ def run(work: Coroutine[Any, Any, T], limit_s: float = 30.0) -> T:
     return asyncio.run(bounded())
 
 
+def kill_thread(name: str) -> None:
+    """Raise SystemExit inside the thread of that name, wherever it is."""
+    (thread,) = [one for one in threading.enumerate() if one.name == name]
+    assert thread.ident is not None
+    done = ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+    assert done == 1
+
+
 def answer_by_prompt(request: GenerationRequest) -> str:
     """A good answer to each of the paper's prompts."""
     if request.prompt.startswith("Describe the sequence"):
@@ -76,9 +86,14 @@ class FakeEngine:
     running: int = 0
     tokens: int = 0
     adapters: tuple[str, ...] = ("twin",)
+    slots: int = 0
+    death: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
 
     async def start(self) -> None:
         await asyncio.sleep(0)
+
+    async def wait_dead(self) -> str:
+        return await self.death.get()
 
     async def close(self) -> None:
         await asyncio.sleep(0)
@@ -109,7 +124,7 @@ class FakeEngine:
 
     def info(self) -> EngineInfo:
         loads = tuple(AdapterLoad(name, "ab" * 32, 42, self.load_problem) for name in self.adapters)
-        return EngineInfo("fake", "cpu", "float32", 4096, "cd" * 32, loads, {"fake": "1"})
+        return EngineInfo("fake", "cpu", "float32", 4096, "cd" * 32, loads, {"fake": "1"}, self.slots)
 
     def load(self) -> EngineLoad:
         return EngineLoad(self.running, 0, self.tokens)

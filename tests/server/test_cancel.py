@@ -36,7 +36,7 @@ def test_a_caller_that_leaves_frees_the_engine_within_a_token(tmp_path: Path, pa
             assert engine.tokens <= tokens + 1 and engine.aborted == 1
             await task
             metrics = (await caller.get("/metrics")).body.decode()
-            assert 'vlm2vla_cancelled_total{reason="disconnected"} 1.0' in metrics
+            assert 'vlm2vla_cancelled_total{model="twin",reason="disconnected"} 1.0' in metrics
             assert "vlm2vla_in_flight 0.0" in metrics
 
     run(work())

@@ -285,7 +285,7 @@ def test_framework_errors_have_our_shape(tmp_path: Path) -> None:
     async def work() -> None:
         settings = with_settings(write_models(tmp_path), max_body_mb=1)
         async with serving(create_app(settings, FakeEngine())) as caller:
-            for path in ("/nope", "/vqa/", "/v1/models", "/", "/docs/x"):
+            for path in ("/nope", "/vqa/", "/models", "/", "/docs/x"):
                 answer = await caller.get(path)
                 assert (answer.status, answer.code) == (404, "not_found")
             for method, path in (
@@ -354,7 +354,8 @@ def test_info_metrics_and_openapi(tmp_path: Path) -> None:
             text = (await caller.get("/metrics")).body.decode()
             assert 'vlm2vla_requests_total{path="/vqa",status="200"} 1.0' in text and "vlm2vla_ready 1.0" in text
             paths = (await caller.get("/openapi.json")).json()["paths"]
-            assert set(paths) == {*GOOD, "/healthz", "/readyz", "/info", "/metrics"}
+            openai = {"/v1/chat/completions", "/v1/models"}
+            assert set(paths) == {*GOOD, "/healthz", "/readyz", "/info", "/metrics"} | openai
             schema = paths["/cycle"]["post"]["requestBody"]["content"]["application/json"]["schema"]
             assert "motion_plan_temperature" in schema["properties"]
 

@@ -11,8 +11,9 @@ import pytest
 from server_fakes import GOOD, FakeEngine, run, serving, until, with_settings, write_models
 from tiny_models import write_adapter, write_base
 
+from vlm2vla_schema.probes import PROBE_PROMPTS, probe_image
 from vlm2vla_schema.types import ModelCard
-from vlm2vla_server.adapter_proof import MIN_MEAN_DIFFERENCE_NAT, PROOF_PROMPTS, proof_image, prove
+from vlm2vla_server.adapter_proof import MIN_MEAN_DIFFERENCE_NAT, prove
 from vlm2vla_server.app import create_app
 from vlm2vla_server.cli import main
 from vlm2vla_server.engines.base import EngineStartError
@@ -51,6 +52,7 @@ def test_alive_while_loading_and_ready_afterwards(tmp_path: Path) -> None:
             info = (await caller.get("/info")).json()
             assert info["ready"] is True and info["policy"] is True and info["reason"] is None
             assert info["adapters"][0]["mean_difference_nat"] == pytest.approx(0.25)
+            assert info["adapters"][0]["proof"] == "difference"  # its card has no references
 
     run(work())
 
@@ -122,11 +124,11 @@ def test_a_card_that_was_not_trained_to_act_shows_policy_false(tmp_path: Path) -
 
 
 def test_proof_pictures_are_the_same_everywhere_and_differ_from_one_another() -> None:
-    pictures = [proof_image(i, 112) for i in range(len(PROOF_PROMPTS))]
-    assert len(PROOF_PROMPTS) == 8 and len({p.tobytes() for p in pictures}) == 8
+    pictures = [probe_image(i, 112) for i in range(len(PROBE_PROMPTS))]
+    assert len(PROBE_PROMPTS) == 8 and len({p.tobytes() for p in pictures}) == 8
     assert all(p.shape == (112, 112, 3) and p.dtype == np.uint8 for p in pictures)
     assert [int(p.astype(np.int64).sum()) for p in pictures[:2]] == [
-        int(proof_image(i, 112).astype(np.int64).sum()) for i in (0, 1)
+        int(probe_image(i, 112).astype(np.int64).sum()) for i in (0, 1)
     ]
 
 
@@ -137,7 +139,7 @@ def test_proof_on_a_real_model_red_and_green(tmp_path: Path) -> None:
         idle = write_adapter(base, tmp_path / "idle", 1, active=False)
         engine = TransformersEngine(ModelOptions(base, (("active", active), ("idle", idle))))
         await engine.start()
-        proofs = await prove(engine, ["active", "idle"], 112)
+        proofs = await prove(engine, {"active": ModelCard.read(active), "idle": ModelCard.read(idle)})
         await engine.close()
         assert proofs["active"].problem is None and proofs["active"].mean_difference_nat > 0.01
         assert "does not change the model" in str(proofs["idle"].problem)

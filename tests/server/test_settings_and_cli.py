@@ -32,6 +32,10 @@ def test_flags_override_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert (got.port, got.host, got.api_key, got.max_row_translation_m) == (9002, "0.0.0.0", "k", 0.05)
     assert got.adapters == (("a", Path("/x")), ("b", Path("/y"))) and got.allow_unproven
     assert "'k'" not in repr(got)
+    monkeypatch.setenv("VLM2VLA_DRAIN_S", "2.5")
+    monkeypatch.setenv("VLM2VLA_LOG_TEXTS", "1")
+    got = read_settings(parser().parse_args(["serve", "--log-format", "text"]))
+    assert (got.drain_s, got.log_texts, got.log_format) == (2.5, True, "text")
     got = read_settings(parser().parse_args(["serve", "--adapter", "c=/z", "--engine-option", "dtype=bfloat16"]))
     assert (
         got.adapters == (("c", Path("/z")),) and got.engine_options == (("dtype", "bfloat16"),) and got.engine == "vllm"
@@ -62,6 +66,8 @@ def test_twin_is_short_for_the_embedded_model(tmp_path: Path) -> None:
         {"adapters": (("a", Path("x")), ("a", Path("y")))},
         {"adapters": (("a b", Path("x")),)},
         {"max_row_translation_m": 0.0},
+        {"drain_s": -1.0},
+        {"log_format": "xml"},
         {"nonsense": 1},
     ],
 )
@@ -79,8 +85,8 @@ def test_loopback_needs_no_key(host: str) -> None:
     ("arguments", "words"),
     [
         (["serve"], "no model"),
-        (["serve", "--engine", "vllm", "--model", "BASE"], "not built yet"),
-        (["check", "--engine", "openai", "--model", "BASE"], "not built yet"),
+        (["serve", "--model", "BASE"], "pip install 'vlm2vla-server[vllm]'"),
+        (["check", "--engine", "openai", "--model", "BASE"], "--engine-option url="),
         (["serve", "--engine", "transformers", "--model", "nowhere"], "not a folder"),
         (["serve", "--engine", "transformers", "--model", "BASE", "--adapter", "x"], "NAME=PATH"),
         (["serve", "--engine", "transformers", "--model", "BASE", "--host", "0.0.0.0"], "--api-key"),

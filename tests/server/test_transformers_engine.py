@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from server_fakes import run, until
+from server_fakes import kill_thread, run, until
 from tiny_models import IMAGE_SIZE, write_adapter, write_base
 
 from vlm2vla_schema import grammar, parsing, prompts
@@ -27,7 +27,7 @@ from vlm2vla_server.engines.base import (
 )
 from vlm2vla_server.engines.decoding import Detokenizer, pick_token
 from vlm2vla_server.engines.hf_model import ModelOptions
-from vlm2vla_server.engines.transformers_engine import TransformersEngine
+from vlm2vla_server.engines.transformers_engine import TransformersEngine, device_is_lost
 
 IMAGE = np.random.default_rng(1).integers(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
 OTHER = np.random.default_rng(2).integers(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
@@ -208,6 +208,34 @@ def test_closing_the_engine_ends_everything(folders: tuple[Path, Path, Path]) ->
                 await collect(engine, REQUEST)
 
     run(work(), 60)
+
+
+def test_a_killed_thread_is_a_dead_engine(folders: tuple[Path, Path, Path]) -> None:
+    async def work() -> None:
+        async with started(folders) as engine:
+            dead = asyncio.create_task(engine.wait_dead())
+            stream: Any = engine.generate(replace(REQUEST, grammar="root ::= [a-z]{3000}\n", max_tokens=3000))
+            await anext(stream)
+            kill_thread("vlm2vla-engine")
+            with pytest.raises(GenerationError):
+                while True:
+                    await anext(stream)
+            assert "SystemExit" in await asyncio.wait_for(dead, 10)
+            with pytest.raises(GenerationError):
+                await collect(engine, REQUEST)
+
+    run(work(), 60)
+
+
+def test_a_lost_device_is_fatal_and_full_memory_is_not() -> None:
+    def failed(cause: Exception) -> GenerationError:
+        problem = GenerationError("the model failed")
+        problem.__cause__ = cause
+        return problem
+
+    assert device_is_lost(failed(torch.AcceleratorError("CUDA error: device-side assert triggered")))
+    assert not device_is_lost(failed(torch.OutOfMemoryError("CUDA out of memory")))
+    assert not device_is_lost(failed(ValueError("anything")))
 
 
 def test_what_does_not_fit_the_context_is_refused(folders: tuple[Path, Path, Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import transformers
 
 from vlm2vla_schema.types import ModelCard
+from vlm2vla_training.export import measure_references
 from vlm2vla_training.pretrain import write_random_base
 
 LANGUAGE_LINEARS = r"^model\.language_model\..*\.(q|k|v|o|up|down|gate)_proj$"
@@ -32,4 +34,14 @@ def write_adapter(base: Path, folder: Path, seed: int, *, active: bool = True, *
     stages: Any = ["subtasks", "motion_plan", "actions"]
     made = ModelCard(name=folder.name, base_model="twin-base", image_size=IMAGE_SIZE, stages=stages, policy=True)
     made.model_copy(update=card).write(folder)
+    return folder
+
+
+def write_proven_adapter(base: Path, folder: Path, seed: int, **card: Any) -> Path:
+    """An active adapter whose card is complete, as `export` leaves it: hash, module count and references."""
+    write_adapter(base, folder, seed, **card)
+    linears = 7 * int(json.loads((base / "config.json").read_text())["text_config"]["num_hidden_layers"])
+    facts: dict[str, Any] = {"base_hash": ModelCard.read(base).base_hash, "adapted_modules": linears}
+    facts["reference_logprobs"] = measure_references(base, folder, IMAGE_SIZE)
+    ModelCard.read(folder).model_copy(update=facts).write(folder)
     return folder

@@ -7,6 +7,7 @@ import contextlib
 import io
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,7 +17,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vlm2vla_schema.errors import ImageError
-from vlm2vla_schema.images import decode_image, encode_jpeg, from_base64, to_base64, to_model_square
+from vlm2vla_schema.images import (
+    decode_image,
+    decode_to_square,
+    encode_jpeg,
+    from_base64,
+    to_base64,
+    to_model_square,
+)
 
 
 def gradient(width: int, height: int) -> NDArray[np.uint8]:
@@ -222,3 +230,32 @@ def test_bridge_frame_size_round_trip() -> None:
     sent = encode_jpeg(frame)
     assert base64.b64decode(to_base64(sent)) == sent
     assert to_model_square(decode_image(sent), 112).shape == (112, 112, 3)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("size", [1, 112, 448, 896, 901])
+def test_the_servers_way_to_a_square_gives_the_bits_of_trainings(kind: str, mode: str, size: int) -> None:
+    noise = np.random.default_rng(size).integers(0, 256, (47, 131, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).convert(mode).save(buffer, format=kind)
+    expected = to_model_square(decode_image(buffer.getvalue()), size)
+    with ThreadPoolExecutor(2) as pool:
+        assert np.array_equal(decode_to_square(buffer.getvalue(), size), expected)
+        assert np.array_equal(decode_to_square(buffer.getvalue(), size, pool=pool), expected)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(448, 470))
+def test_strips_on_threads_change_no_bit(width: int, height: int, size: int) -> None:
+    data = encoded("PNG", size=(width, height))
+    with ThreadPoolExecutor(3) as pool:
+        assert np.array_equal(decode_to_square(data, size, pool=pool), to_model_square(decode_image(data), size))
+
+
+def test_a_square_of_broken_bytes_is_refused_with_threads_too() -> None:
+    with ThreadPoolExecutor(2) as pool:
+        for data in (b"", encoded("JPEG")[:-30], b"GIF89a" + bytes(40)):
+            with pytest.raises(ImageError):
+                decode_to_square(data, 896, pool=pool)
+        with pytest.raises(ImageError, match="at most"):
+            decode_to_square(encoded("PNG"), 896, max_pixels=100, pool=pool)

@@ -192,7 +192,7 @@ def common() -> dict[str, Any]:
         "attempts": 1,
         "finish_reason": "stop",
         "usage": {"prompt_tokens": 3, "completion_tokens": 4, "cached_tokens": 0},
-        "timing_ms": {"queue": 0, "preprocess": 1.5, "first_token": 2, "generate": 3, "total": 5},
+        "timing_ms": {"queue": 0, "preprocess": 1.5, "first_token": 2, "generate": 3, "parse": 0.5, "total": 5},
         "request_id": "r",
         "episode_id": None,
         "frame_id": "000001",

@@ -93,19 +93,37 @@ def test_dry_run_writes_nothing(base: Path, curated: Path, tmp_path: Path) -> No
     assert not (tmp_path / "run").exists()
 
 
-def test_export_writes_an_artifact_without_paths(base: Path, run: Path, curated: Path, tmp_path: Path) -> None:
+def test_export_writes_an_artifact_without_paths(base: Path, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "adapter"
-    more = ["--references", "1", "--examples", str(curated)]
-    assert main(["export", "--run", str(run), "--out", str(out), "--name", "tiny", *more]) == 0
+    assert main(["export", "--run", str(run), "--out", str(out), "--name", "tiny"]) == 0
     card = ModelCard.read(out)
     assert (card.name, card.adapted_modules, card.policy, card.representation) == ("tiny", linears(base), True, "text")
     assert card.base_model == "twin-base" and card.data_hash
-    assert card.reference_logprobs is not None
-    reference = card.reference_logprobs[0]
-    assert len(reference.logprobs) == len(reference.token_ids) == len(reference.base_logprobs)
-    assert reference.logprobs != reference.base_logprobs
+    assert card.reference_logprobs is not None and len(card.reference_logprobs) == 8
+    for reference in card.reference_logprobs:
+        assert len(reference.logprobs) == len(reference.token_ids) == len(reference.base_logprobs) > 0
+        assert reference.logprobs != reference.base_logprobs and max(reference.logprobs) <= 0
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "twin-base"
     assert str(run.parent) not in "".join(path.read_text() for path in out.glob("*.json"))
+
+
+def test_references_can_be_added_to_an_exported_adapter(
+    base: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, again = tmp_path / "old", ["export", "--adapter", str(tmp_path / "old"), "--out", str(tmp_path / "old")]
+    assert main(["export", "--run", str(run), "--out", str(old), "--name", "tiny", "--no-references"]) == 0
+    without = ModelCard.read(old)
+    assert without.reference_logprobs is None
+    assert main(again) == 2 and "--base" in capsys.readouterr().err
+    assert main([*again, "--base", str(base), "--dry-run"]) == 0 and ModelCard.read(old) == without
+    assert main([*again, "--base", str(base)]) == 0
+    card = ModelCard.read(old)
+    assert card.reference_logprobs and card.model_copy(update={"reference_logprobs": None}) == without
+    assert main(["export", "--run", str(run), "--out", str(tmp_path / "new"), "--name", "tiny"]) == 0
+    assert ModelCard.read(tmp_path / "new").reference_logprobs == card.reference_logprobs
+    other = tmp_path / "other"
+    write_random_base(other, seed=1)
+    assert main([*again, "--base", str(other)]) == 2 and "hash" in capsys.readouterr().err
 
 
 def test_full_fine_tune_is_a_whole_model(base: Path, curated: Path, tmp_path: Path) -> None:

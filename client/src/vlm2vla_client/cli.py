@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from vlm2vla_client import commands
+from vlm2vla_client.bench import options as bench_options
 from vlm2vla_client.config import CAMERAS, POLICIES, ROBOTS, VERIFIERS
 from vlm2vla_client.errors import ClientError
 from vlm2vla_client.progress import printable
@@ -28,7 +29,6 @@ NOT_BUILT = {
     "configure": "write client.toml",
     "calibrate": "find counter and wall",
     "home": "move the arm to its start pose",
-    "bench": "measure the latency of a cycle",
 }
 
 
@@ -83,6 +83,16 @@ def _add_others(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
     vqa.add_argument("--json", action="store_true", help="the whole answer as one JSON object")
     _add_server(vqa)
     vqa.set_defaults(command=commands.vqa)
+
+    bench = subparsers.add_parser(
+        "bench",
+        help="time a server, beside another one and beside the physical limit",
+        description="Times requests, part by part, of 1, 2, 4 and 8 robots at once. With --floor and without --server: "
+        "computes the shortest possible cycle of a model on a machine.",
+    )
+    bench_options.add_arguments(bench)
+    _add_server(bench)
+    bench.set_defaults(command=commands.bench)
 
     evaluate = subparsers.add_parser("eval", help="measure a policy on a suite of the twin", add_help=False)
     evaluate.set_defaults(command=commands.evaluate)

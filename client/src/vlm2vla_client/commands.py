@@ -16,12 +16,12 @@ from vlm2vla_client.config import ClientConfig, check_server_url, load_config, s
 from vlm2vla_client.episode import EpisodeResult
 from vlm2vla_client.errors import ConfigurationError, NotBuiltError, ProtocolMismatchError
 from vlm2vla_client.http import ServerConnection
+from vlm2vla_client.pictures import read_picture
 from vlm2vla_client.policies.base import PolicyInfo
 from vlm2vla_client.progress import ConsoleProgress, Progress, SilentProgress, printable, row_text
 from vlm2vla_client.recorder import new_episode_folder, plain
 from vlm2vla_client.view import write_view
-from vlm2vla_schema.errors import ImageError
-from vlm2vla_schema.images import decode_image, encode_jpeg, to_base64
+from vlm2vla_schema.images import encode_jpeg, to_base64
 from vlm2vla_schema.messages import MAX_IMAGES, VqaResponse
 
 VQA_DEADLINE_S = 60.0
@@ -189,7 +189,7 @@ def vqa(arguments: argparse.Namespace) -> int:
     config = load_config(None)
     fields: dict[str, Any] = {"question": arguments.question}
     if arguments.image:
-        fields["images"] = [to_base64(_read_image(path)) for path in arguments.image]
+        fields["images"] = [to_base64(encode_jpeg(read_picture(path))) for path in arguments.image]
     model = arguments.model or config.model
     if model is not None:
         fields["model"] = model
@@ -209,15 +209,6 @@ def vqa(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _read_image(path: Path) -> bytes:
-    try:
-        return encode_jpeg(decode_image(path.read_bytes()))
-    except OSError as error:
-        raise ConfigurationError(f"cannot read {path}: {error.strerror}") from None
-    except ImageError as error:
-        raise ConfigurationError(f"{path} is not a picture that can be sent: {error}") from None
-
-
 def evaluate(arguments: argparse.Namespace) -> int:
     """``eval``: hands over to the evaluation package."""
     try:
@@ -225,6 +216,13 @@ def evaluate(arguments: argparse.Namespace) -> int:
     except ImportError as error:
         raise ConfigurationError(f"{SIM_EXTRA} ({error})") from None
     return int(main(arguments.rest))
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    """``bench``: times a server, compares two, or computes the physical limit."""
+    from vlm2vla_client.bench.cli import main
+
+    return main(arguments, print_json)
 
 
 def not_built(arguments: argparse.Namespace) -> int:

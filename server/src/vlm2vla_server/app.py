@@ -1,7 +1,4 @@
-"""The HTTP API of protocol 1 (docs/protocol.md) as a FastAPI application.
-
-Every route is native; `/v1/*` (OpenAI's shape) is a later issue.
-"""
+"""The HTTP API of protocol 1 (docs/protocol.md) as a FastAPI application; `/v1` is added by `openai_api`."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from starlette.types import ASGIApp
 
 from vlm2vla_schema import messages as wire
 from vlm2vla_schema.errors import ErrorBody, ErrorCode
-from vlm2vla_server import generation
+from vlm2vla_server import generation, openai_api
 from vlm2vla_server.engines.base import Engine
 from vlm2vla_server.errors import (
     InvalidRequest,
@@ -29,7 +26,7 @@ from vlm2vla_server.errors import (
     UnsupportedMediaType,
 )
 from vlm2vla_server.exchange import Handler, echo_id, handle
-from vlm2vla_server.guard import Guard, error_body
+from vlm2vla_server.guard import Guard, error_answer
 from vlm2vla_server.service import ServerInfo, Service
 from vlm2vla_server.settings import Settings
 
@@ -44,20 +41,26 @@ GENERATING: tuple[tuple[str, type[Any], type[BaseModel], Handler[Any], bool], ..
 """Path, request, answer, function, and whether it streams (and then: whether the newest of an episode wins)."""
 
 PATHS = frozenset(
-    {row[0] for row in GENERATING} | {"/healthz", "/readyz", "/info", "/metrics", "/docs", "/openapi.json"}
+    {row[0] for row in GENERATING}
+    | {"/healthz", "/readyz", "/info", "/metrics", "/docs", "/openapi.json"}
+    | openai_api.PATHS
 )
 
 
 def create_app(settings: Settings, engine: Engine) -> ASGIApp:
     """The application over an engine that is not started yet: start-up runs beside serving, so that /healthz answers
     while the model loads."""
-    service = Service(settings, engine)
+    return build_app(Service(settings, engine))
+
+
+def build_app(service: Service) -> ASGIApp:
+    """The application of a service that is not started yet."""
     return Guard(
         build_api(service),
-        api_key=settings.api_key,
+        api_key=service.settings.api_key,
         metrics=service.metrics,
         paths=PATHS,
-        max_body_bytes=settings.max_body_bytes,
+        max_body_bytes=service.settings.max_body_bytes,
     )
 
 
@@ -86,6 +89,7 @@ def build_api(service: Service) -> FastAPI:
     for path, request_model, answer_model, handler, streams in GENERATING:
         _add_generating(api, service, path, request_model, answer_model, handler, streams)
     _add_plain(api, service)
+    openai_api.add_routes(api, service)
     return api
 
 
@@ -116,46 +120,41 @@ def _add_generating(
     )
 
 
-def _error_responses() -> dict[int | str, dict[str, Any]]:
+def _error_responses(*which: ErrorCode) -> dict[int | str, dict[str, Any]]:
     codes: dict[int, list[str]] = {}
-    for code in ErrorCode:
+    for code in which or ErrorCode:
         codes.setdefault(code.http_status, []).append(code.value)
     return {status: {"model": ErrorBody, "description": ", ".join(names)} for status, names in codes.items()}
 
 
 def _add_plain(api: FastAPI, service: Service) -> None:
+    failures = _error_responses(ErrorCode.UNAUTHORIZED, ErrorCode.ENGINE_FAILURE)
+    not_ready = _error_responses(ErrorCode.NOT_READY)
+
     @api.get("/healthz", summary="The process is alive")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
-    @api.get("/readyz", summary="Weights loaded, warmed up, adapters proven active", responses=_not_ready())
+    @api.get("/readyz", summary="Weights loaded, warmed up, adapters proven active", responses=not_ready)
     async def readyz() -> dict[str, str | None]:
         service.require_ready()
         return {"status": "ready", "reason": service.reason}
 
-    @api.get("/info", summary="Protocol, models, limits, units, versions")
+    @api.get("/info", summary="Protocol, models, limits, units, versions", responses=failures)
     async def info() -> ServerInfo:
         return service.info()
 
-    @api.get("/metrics", summary="Prometheus", response_class=Response)
+    @api.get("/metrics", summary="Prometheus", response_class=Response, responses=failures)
     async def metrics() -> Response:
         text = service.metrics.exposition(service.engine.load())
         return Response(text, media_type=service.metrics.content_type)
 
 
-def _not_ready() -> dict[int | str, dict[str, Any]]:
-    return {503: {"model": ErrorBody, "description": "not_ready"}}
-
-
 def _add_error_handlers(api: FastAPI) -> None:
     async def ours(request: Request, problem: Exception) -> Response:
         assert isinstance(problem, ServerError)
-        return Response(
-            error_body(problem, echo_id(request.scope)),
-            status_code=problem.code.http_status,
-            media_type="application/json",
-            headers=problem.headers,
-        )
+        status, body = error_answer(problem, request.url.path, echo_id(request.scope))
+        return Response(body, status_code=status, media_type="application/json", headers=problem.headers)
 
     async def frameworks(request: Request, problem: Exception) -> Response:
         assert isinstance(problem, HTTPException)
@@ -177,4 +176,4 @@ def _translate(request: Request, problem: HTTPException) -> ServerError:
     return InvalidRequest("the request cannot be read")
 
 
-__all__ = ["build_api", "create_app"]
+__all__ = ["build_api", "build_app", "create_app"]

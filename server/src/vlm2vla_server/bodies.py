@@ -60,8 +60,8 @@ def _too_large(max_bytes: int) -> PayloadTooLarge:
     )
 
 
-async def parse_body(headers: Headers, body: bytes, model: type[M]) -> M:
-    """Validate a JSON or multipart body. Raises UnsupportedMediaType, InvalidRequest."""
+async def parse_body(headers: Headers, body: bytes, model: type[M], *, forms: bool = True) -> M:
+    """Validate a JSON or, with `forms`, a multipart body. Raises UnsupportedMediaType, InvalidRequest."""
     kind, charset = _content_type(headers)
     if headers.get("content-encoding", "identity").lower() not in ("", "identity"):
         raise UnsupportedMediaType("compressed bodies are not accepted; send the body as it is")
@@ -69,13 +69,11 @@ async def parse_body(headers: Headers, body: bytes, model: type[M]) -> M:
         if charset not in ("", "utf-8", "utf8", "us-ascii"):
             raise UnsupportedMediaType("JSON is accepted in UTF-8 only")
         return await asyncio.to_thread(parse_json, body, model)
-    if kind == "multipart/form-data":
+    if forms and kind == "multipart/form-data":
         # A loop of its own on a thread: hostile boundaries make the parser slow, and it must not run on our loop.
         return await asyncio.to_thread(lambda: asyncio.run(parse_multipart(headers, body, model)))
-    raise UnsupportedMediaType(
-        "expected Content-Type application/json or multipart/form-data",
-        details={"accepted": ["application/json", "multipart/form-data"]},
-    )
+    accepted = ["application/json", *(["multipart/form-data"] if forms else [])]
+    raise UnsupportedMediaType(f"expected Content-Type {' or '.join(accepted)}", details={"accepted": accepted})
 
 
 def _content_type(headers: Headers) -> tuple[str, str]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vlm2vla_server import logs, serving
 from vlm2vla_server import settings as settings_module
-from vlm2vla_server.app import create_app
+from vlm2vla_server.app import build_app
 from vlm2vla_server.engines.base import Engine
 from vlm2vla_server.errors import ConfigurationError
 from vlm2vla_server.service import Service
@@ -19,7 +21,7 @@ from vlm2vla_server.settings import ENGINES, Settings
 
 log = logging.getLogger("vlm2vla_server")
 
-EXIT_OK, EXIT_NOT_READY, EXIT_USAGE = 0, 1, 2
+EXIT_OK, EXIT_NOT_READY, EXIT_USAGE, EXIT_ENGINE_DIED = 0, 1, 2, 3
 SWITCH_INTERVAL_S = 0.001
 """Python's default lets the engine's thread keep the interpreter 5 ms at a time; /healthz should not wait for that."""
 
@@ -54,6 +56,9 @@ def _add_flags(command: argparse.ArgumentParser) -> None:
     add("--max-concurrency", type=int, help="requests generating or waiting; default 8")
     add("--max-body-mb", type=int, help="largest request body; default 16")
     add("--max-row-translation-m", type=float, help="largest |dx|, |dy|, |dz| of a row in metres; default 0.10")
+    add("--drain-s", type=float, help="seconds that running requests may go on after SIGTERM; default 8")
+    add("--log-format", choices=logs.FORMATS, help="default json: one object a line on standard error")
+    add("--log-texts", action="store_true", default=None, help="log prompts and raw model texts; for debugging")
     add("--threads", type=int, help="threads of the engine's arithmetic; default: all cores but one")
     add("--allow-unproven", action="store_true", default=None, help="serve adapters not proven active, policy false")
     add(
@@ -61,7 +66,8 @@ def _add_flags(command: argparse.ArgumentParser) -> None:
         dest="engine_options",
         action="append",
         metavar="KEY=VALUE",
-        help="passed to the engine; transformers takes device, dtype, prefix_cache_entries",
+        help="passed to the engine: transformers takes device, dtype, prefix_cache_entries; vllm all of vLLM's own; "
+        "openai url, dialect, grammar, base, model.NAME and time limits (docs/serve.md)",
     )
 
 
@@ -88,19 +94,20 @@ def find_checkout(start: Path) -> Path:
 
 
 def build_engine(settings: Settings) -> Engine:
-    """The engine that the settings name. Raises ConfigurationError, also for one that is not built yet."""
-    if settings.engine != "transformers":
-        raise ConfigurationError(
-            f"--engine {settings.engine} is not built yet; use --engine transformers (installed by the extra "
-            "'transformers')"
-        )
+    """The engine that the settings name. Raises ConfigurationError."""
+    builders = {"transformers": _transformers_engine, "vllm": _vllm_engine, "openai": _openai_engine}
     try:
-        from vlm2vla_server.engines.hf_model import ModelOptions
-        from vlm2vla_server.engines.transformers_engine import TransformersEngine
+        return builders[settings.engine](settings)
     except ImportError as problem:
         raise ConfigurationError(
-            f"the transformers engine needs {problem.name}: pip install 'vlm2vla-server[transformers]'"
+            f"the {settings.engine} engine needs {problem.name}: pip install 'vlm2vla-server[{settings.engine}]'"
         ) from problem
+
+
+def _transformers_engine(settings: Settings) -> Engine:
+    from vlm2vla_server.engines.hf_model import ModelOptions
+    from vlm2vla_server.engines.transformers_engine import TransformersEngine
+
     options = dict(settings.engine_options)
     unknown = set(options) - {"device", "dtype", "prefix_cache_entries"}
     if unknown:
@@ -120,27 +127,43 @@ def build_engine(settings: Settings) -> Engine:
     )
 
 
-def serve(settings: Settings) -> int:
-    """Serve until SIGINT or SIGTERM."""
-    import uvicorn
+def _openai_engine(settings: Settings) -> Engine:
+    from vlm2vla_server.engines.openai_engine import OpenAIEngine
+    from vlm2vla_server.engines.openai_options import read_options
 
-    settings.require_model()
-    app = create_app(settings, build_engine(settings))
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_level="warning",
-        access_log=False,
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=5,
-        server_header=False,
+    adapters = tuple(name for name, _ in settings.adapters)
+    options = read_options(dict(settings.engine_options), adapters, settings.require_model(), os.environ)
+    return OpenAIEngine(options)
+
+
+def _vllm_engine(settings: Settings) -> Engine:
+    from vlm2vla_server.engines.vllm_engine import VLLMEngine
+    from vlm2vla_server.engines.vllm_options import VLLMOptions
+
+    if importlib.util.find_spec("vllm") is None:  # imported when the engine starts: it takes seconds
+        raise ImportError(name="vllm")
+    return VLLMEngine(
+        VLLMOptions(
+            model=settings.require_model(),
+            adapters=settings.adapters,
+            threads=settings.engine_threads,
+            max_concurrency=settings.max_concurrency,
+            engine_options=settings.engine_options,
+        )
     )
+
+
+
+def serve(settings: Settings) -> int:
+    """Serve until SIGINT or SIGTERM, or until the engine dies."""
+    settings.require_model()
+    service = Service(settings, build_engine(settings))
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     log.info("serving on http://%s:%s (loading; GET /readyz says when it is done)", settings.host, settings.port)
-    server = uvicorn.Server(config)
-    server.run()
-    return EXIT_OK if server.started else EXIT_NOT_READY
+    started = serving.run(build_app(service), service)
+    if service.dead.is_set():
+        return EXIT_ENGINE_DIED
+    return EXIT_OK if started else EXIT_NOT_READY
 
 
 async def _check(settings: Settings) -> int:
@@ -154,11 +177,11 @@ async def _check(settings: Settings) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Exit codes: 0 fine, 1 not ready, 2 usage or configuration."""
+    """Entry point. Exit codes: 0 fine, 1 not ready, 2 usage or configuration, 3 the engine died."""
     arguments = parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
         settings = read_settings(arguments)
+        logs.setup(settings.log_format)
         return serve(settings) if arguments.command == "serve" else asyncio.run(_check(settings))
     except ConfigurationError as problem:
         print(f"vlm2vla-server: {problem}", file=sys.stderr)

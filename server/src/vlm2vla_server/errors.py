@@ -13,9 +13,11 @@ from vlm2vla_schema.errors import ErrorCode, VLM2VLAError
 
 
 class ServerError(VLM2VLAError):
-    """A failure with a wire code. `details` is sent as it is; `headers` are added to the HTTP answer."""
+    """A failure with a wire code. `details` is sent as it is; `headers` are added to the HTTP answer. `openai_code` is
+    the name that OpenAI's clients know it by, where that is another."""
 
     code: ErrorCode = ErrorCode.ENGINE_FAILURE
+    openai_code: str | None = None
 
     def __init__(
         self, message: str, *, details: Mapping[str, Any] | None = None, headers: Mapping[str, str] | None = None
@@ -54,6 +56,7 @@ class Unauthorized(ServerError):
     """The API key is missing or wrong (401)."""
 
     code = ErrorCode.UNAUTHORIZED
+    openai_code = "invalid_api_key"
 
 
 class NotFound(ServerError):
@@ -66,6 +69,7 @@ class UnknownModel(ServerError):
     """`model` names no adapter of this server (404)."""
 
     code = ErrorCode.UNKNOWN_MODEL
+    openai_code = "model_not_found"
 
 
 class MethodNotAllowed(ServerError):

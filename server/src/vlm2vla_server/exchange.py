@@ -19,11 +19,11 @@ from starlette.types import Receive, Scope, Send
 
 from vlm2vla_schema import messages as wire
 from vlm2vla_schema.errors import ErrorInfo
-from vlm2vla_server.admission import Ticket
+from vlm2vla_server.admission import Ticket, priority_of
 from vlm2vla_server.bodies import parse_body, read_body
 from vlm2vla_server.errors import Cancelled, DeadlineExceeded, EngineFailure, ServerError
 from vlm2vla_server.generation import Call
-from vlm2vla_server.guard import RECEIVED_KEY, REQUEST_ID_KEY
+from vlm2vla_server.guard import LOG_KEY, RECEIVED_KEY, REQUEST_ID_KEY
 from vlm2vla_server.policy import Clocking
 from vlm2vla_server.service import Service
 
@@ -67,19 +67,22 @@ async def handle(
         del body
     if parsed.request_id is not None:
         request.scope["vlm2vla.echo_id"] = parsed.request_id
+    named = {"caller_request_id": parsed.request_id, "episode_id": parsed.episode_id, "frame_id": parsed.frame_id}
+    request.scope[LOG_KEY] |= {name: value for name, value in named.items() if value is not None}
+    request.scope[LOG_KEY]["model"] = service.label(parsed.model)
     service.require_ready()
     wants_stream = streams and NDJSON in request.headers.get("accept", "").lower()
-    work = _begin(service, request, parsed, handler, stream=wants_stream, exclusive=exclusive)
-    try:
-        first = await work.next()
-    except asyncio.CancelledError:
-        await work.stop()
-        raise
-    if isinstance(first, ServerError):
-        await work.stop()
-        raise first
+    work = begin(
+        service,
+        request,
+        lambda call: handler(parsed, call),
+        deadline_ms=parsed.deadline_ms,
+        episode=parsed.episode_id if exclusive else None,
+        stream=wants_stream,
+    )
+    first = await first_event(work)
     if wants_stream:
-        return EventStream(work, first, echo_id(request.scope))
+        return EventStream(work, first, NDJSON, lambda event: _line(event, echo_id(request.scope)))
     await work.stop()
     return Response(first.model_dump_json(), media_type="application/json")
 
@@ -89,19 +92,40 @@ def echo_id(scope: Scope) -> str:
     return str(scope.get("vlm2vla.echo_id") or scope[REQUEST_ID_KEY])
 
 
-def _begin(
-    service: Service, request: Request, parsed: R, handler: Handler[R], *, stream: bool, exclusive: bool
+async def first_event(work: Work) -> BaseModel:
+    """The first event, so that an error before it is an ordinary HTTP error. Raises ServerError."""
+    try:
+        first = await work.next()
+    except asyncio.CancelledError:
+        await work.stop()
+        raise
+    if isinstance(first, ServerError):
+        await work.stop()
+        raise first
+    return first
+
+
+def begin(
+    service: Service,
+    request: Request,
+    job: Callable[[Call], Awaitable[BaseModel]],
+    *,
+    deadline_ms: int,
+    episode: str | None,
+    stream: bool,
 ) -> Work:
+    """Start the work of a request. episode: the newest request of the same one wins. stream: events are wanted."""
     received_s: float = request.scope[RECEIVED_KEY]
     events: asyncio.Queue[BaseModel | ServerError] = asyncio.Queue()
-    clocking = Clocking(received_s, received_s + parsed.deadline_ms / 1000.0)
+    clocking = Clocking(received_s, received_s + deadline_ms / 1000.0)
     call = Call(service, clocking, events.put if stream else None)
-    ticket = Ticket(received_s)
-    episode = parsed.episode_id if exclusive else None
+    ticket = _ticket(request, clocking)
     left = asyncio.Event()
 
     async def run() -> None:
-        events.put_nowait(await _outcome(service, ticket, episode, left, lambda: handler(parsed, call)))
+        outcome = await _outcome(service, ticket, episode, left, lambda: job(call))
+        _note(request.scope, outcome)
+        events.put_nowait(outcome)
 
     def unblock(finished: asyncio.Task[None]) -> None:
         if finished.cancelled():  # stopped from outside, or before its first step: nobody may wait for it for ever
@@ -111,6 +135,28 @@ def _begin(
     task.add_done_callback(unblock)
     ticket.attach(task)
     return Work(task, events, asyncio.create_task(_watch(request.receive, task, left)))
+
+
+def _ticket(request: Request, clocking: Clocking) -> Ticket:
+    """The request's place in the queue. Requests of one robot are those of its episode, or of its address."""
+    known = request.scope[LOG_KEY]
+    address = request.client.host if request.client is not None else ""
+    robot = str(known.get("episode_id") or address)
+    model = str(known.get("model", "unknown"))
+    return Ticket(clocking.began_s, clocking, priority_of(request.url.path), robot, model)
+
+
+def _note(scope: Scope, outcome: BaseModel | ServerError) -> None:
+    """What the log's line of this request says about its work."""
+    if isinstance(outcome, ServerError):
+        scope[LOG_KEY]["code"] = outcome.code.value
+    elif isinstance(outcome, wire.StageResult):
+        scope[LOG_KEY] |= {
+            "attempts": outcome.attempts,
+            "completion_tokens": outcome.usage.completion_tokens,
+            "queue_ms": round(outcome.timing_ms.queue, 1),
+            "generate_ms": round(outcome.timing_ms.generate, 1),
+        }
 
 
 async def _watch(receive: Receive, task: asyncio.Task[None], left: asyncio.Event) -> None:
@@ -126,7 +172,7 @@ async def _outcome(
     ticket: Ticket,
     episode: str | None,
     left: asyncio.Event,
-    work: Callable[[], Awaitable[wire.StageResult]],
+    work: Callable[[], Awaitable[BaseModel]],
 ) -> BaseModel | ServerError:
     """Run the work to its answer or its error; every way to fail ends in one of ours."""
     try:
@@ -135,17 +181,16 @@ async def _outcome(
             # Its engine slot is free within a token; then there is room for this one even on a full server.
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(older.finished.wait(), SUPERSEDE_TIMEOUT_S)
-        with service.admission.generating():
+        async with service.admission.generating(ticket):
             return await work()
     except ServerError as problem:
         return problem
     except TimeoutError:
         return DeadlineExceeded("the deadline passed", details={"attempts": []})
     except asyncio.CancelledError:
-        reason = "superseded" if ticket.superseded else "disconnected"
-        service.metrics.cancelled.labels(reason).inc()
-        if ticket.superseded:
-            return Cancelled("a newer request of the same episode took this one's place")
+        service.metrics.cancelled.labels(ticket.reason or "disconnected", ticket.model).inc()
+        if ticket.problem is not None:
+            return ticket.problem
         if left.is_set():
             return Cancelled("the caller left")
         raise
@@ -157,25 +202,32 @@ async def _outcome(
 
 
 class EventStream(Response):
-    """NDJSON: one event a line, ended by exactly one `done` or `error`."""
+    """Events as they come. encode: an event's bytes, and whether it is the stream's last."""
 
-    def __init__(self, work: Work, first: BaseModel, request_id: str) -> None:
-        super().__init__(media_type=NDJSON)
+    def __init__(
+        self,
+        work: Work,
+        first: BaseModel,
+        media_type: str,
+        encode: Callable[[BaseModel | ServerError], tuple[bytes, bool]],
+    ) -> None:
+        super().__init__(media_type=media_type)
         self._work = work
         self._first = first
-        self._request_id = request_id
+        self._encode = encode
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send events as they come; a caller that does not read for SEND_TIMEOUT_S is dropped."""
-        headers = [(b"content-type", NDJSON.encode()), (b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
+        kind = str(self.media_type).encode()
+        headers = [(b"content-type", kind), (b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
         try:
             async with asyncio.timeout(SEND_TIMEOUT_S):
                 await send({"type": "http.response.start", "status": 200, "headers": headers})
             event: BaseModel | ServerError = self._first
             while True:
-                line, last = self._line(event)
+                data, last = self._encode(event)
                 async with asyncio.timeout(SEND_TIMEOUT_S):
-                    await send({"type": "http.response.body", "body": line, "more_body": not last})
+                    await send({"type": "http.response.body", "body": data, "more_body": not last})
                 if last:
                     return
                 event = await self._work.next()
@@ -184,10 +236,12 @@ class EventStream(Response):
         finally:
             await self._work.stop()
 
-    def _line(self, event: BaseModel | ServerError) -> tuple[bytes, bool]:
-        if isinstance(event, ServerError):
-            info = ErrorInfo(code=event.code, message=event.message, details=event.details, request_id=self._request_id)
-            return wire.ErrorEvent(error=info).model_dump_json().encode() + b"\n", True
-        if isinstance(event, wire.PlanEvent | wire.RowEvent):
-            return event.model_dump_json().encode() + b"\n", False
-        return b'{"event":"done",' + event.model_dump_json().encode()[1:] + b"\n", True
+
+def _line(event: BaseModel | ServerError, request_id: str) -> tuple[bytes, bool]:
+    """One line of NDJSON; exactly one `done` or `error` ends a stream."""
+    if isinstance(event, ServerError):
+        info = ErrorInfo(code=event.code, message=event.message, details=event.details, request_id=request_id)
+        return wire.ErrorEvent(error=info).model_dump_json().encode() + b"\n", True
+    if isinstance(event, wire.PlanEvent | wire.RowEvent):
+        return event.model_dump_json().encode() + b"\n", False
+    return b'{"event":"done",' + event.model_dump_json().encode()[1:] + b"\n", True

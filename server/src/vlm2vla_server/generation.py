@@ -13,10 +13,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel
 
 from vlm2vla_schema import messages as wire
 from vlm2vla_schema.errors import ImageError
-from vlm2vla_schema.images import decode_image, from_base64, to_model_square
+from vlm2vla_schema.images import decode_to_square, from_base64
 from vlm2vla_server.errors import InvalidImage, InvalidRequest
 from vlm2vla_server.policy import Clocking, Outcome, RowSink, Sampling, Spent
 from vlm2vla_server.service import Service
@@ -29,7 +30,8 @@ from vlm2vla_server.stages import (
     vqa_stage,
 )
 
-Emit: TypeAlias = Callable[[wire.PlanEvent | wire.RowEvent], Awaitable[None]]
+Emit: TypeAlias = Callable[[BaseModel], Awaitable[None]]
+"""Takes the events of a stream: `PlanEvent` and `RowEvent`, or the text of a chat completion."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ async def subtasks(request: wire.SubtasksRequest, call: Call) -> wire.SubtasksRe
     model = call.service.resolve(request.model)
     model.require_stage("subtasks")
     _refuse_control_tokens(call.service, request, ("task",))
-    images = await _images(call.service, model, [request.image])
+    images = await model_images(call.service, model, [request.image])
     sampling = _sampling(request, request.temperature, wire.TEMPERATURE_SUBTASKS[request.scenario], wire.TOP_P_POLICY)
     outcome = await call.service.policy.run(subtasks_stage(request.task), model, images, sampling, call.clocking)
     return wire.SubtasksResponse(subtasks=outcome.value, **_common(request, model, outcome))
@@ -72,7 +74,7 @@ async def motion_plan(request: wire.MotionPlanRequest, call: Call) -> wire.Motio
     model = call.service.resolve(request.model)
     model.require_stage("motion_plan")
     _refuse_control_tokens(call.service, request, ("subtask",))
-    images = await _images(call.service, model, [request.image])
+    images = await model_images(call.service, model, [request.image])
     sampling = _sampling(request, request.temperature, wire.TEMPERATURE_MOTION_PLAN, wire.TOP_P_POLICY)
     outcome = await _plan(call, model, request.subtask, images, sampling)
     return wire.MotionPlanResponse(motion_plan=outcome.value, **_common(request, model, outcome))
@@ -88,7 +90,7 @@ async def actions(request: wire.ActionsRequest, call: Call) -> wire.ActionsRespo
     if not plans and request.motion_plan is not None:
         raise InvalidRequest("field 'motion_plan': this model was trained without it; send null")
     _refuse_control_tokens(call.service, request, ("subtask", "motion_plan"))
-    images = await _images(call.service, model, [request.image])
+    images = await model_images(call.service, model, [request.image])
     sampling = _sampling(request, request.temperature, wire.TEMPERATURE_ACTIONS, wire.TOP_P_POLICY)
     stage = actions_stage(request.subtask, request.motion_plan, model.card, call.service.settings.max_row_translation_m)
     outcome = await call.service.policy.run(stage, model, images, sampling, call.clocking, call.sink())
@@ -101,7 +103,7 @@ async def cycle(request: wire.CycleRequest, call: Call) -> wire.CycleResponse:
     model = call.service.resolve(request.model)
     model.require_stage("actions")
     _refuse_control_tokens(call.service, request, ("subtask",))
-    images = await _images(call.service, model, [request.image])
+    images = await model_images(call.service, model, [request.image])
     plan: Outcome[str] | None = None
     clocking = call.clocking
     if "motion_plan" in model.stages:
@@ -125,7 +127,7 @@ async def verify(request: wire.VerifyRequest, call: Call) -> wire.VerifyResponse
     """POST /verify (D.5)."""
     model = call.service.resolve(request.model)
     _refuse_control_tokens(call.service, request, ("subtask", "next_subtask"))
-    images = await _images(call.service, model, [request.before, request.after])
+    images = await model_images(call.service, model, [request.before, request.after])
     sampling = _sampling(request, request.temperature, wire.TEMPERATURE_VERIFY, wire.TOP_P_GREEDY)
     stage = verify_stage(request.subtask, request.next_subtask)
     outcome = await call.service.policy.run(stage, model, images, sampling, call.clocking)
@@ -142,7 +144,7 @@ async def vqa(request: wire.VqaRequest, call: Call) -> wire.VqaResponse:
     """POST /vqa (section 4.1)."""
     model = call.service.resolve(request.model)
     _refuse_control_tokens(call.service, request, ("question",))
-    images = await _images(call.service, model, request.all_images)
+    images = await model_images(call.service, model, request.all_images)
     sampling = _sampling(request, request.temperature, wire.TEMPERATURE_VQA, wire.TOP_P_GREEDY)
     outcome = await call.service.policy.run(vqa_stage(request.question), model, images, sampling, call.clocking)
     return wire.VqaResponse(answer=outcome.value, **_common(request, model, outcome))
@@ -168,20 +170,24 @@ def _sampling(request: wire.GenerationFields, temperature: float | None, default
 
 def _refuse_control_tokens(service: Service, request: wire.GenerationFields, fields: Sequence[str]) -> None:
     for name in fields:
-        text = getattr(request, name)
-        if text is not None and any(token in text for token in service.engine.control_tokens()):
-            raise InvalidRequest(f"field {name!r}: it holds a control token of the model, such as an end-of-turn mark")
+        refuse_control_tokens(service, name, getattr(request, name))
 
 
-async def _images(service: Service, model: ServedModel, texts: Sequence[str]) -> list[NDArray[np.uint8]]:
+def refuse_control_tokens(service: Service, field: str, text: str | None) -> None:
+    """Raises InvalidRequest when a caller's text could close its turn or ask for an image that is not there."""
+    if text is not None and any(token in text for token in service.engine.control_tokens()):
+        raise InvalidRequest(f"field {field!r}: it holds a control token of the model, such as an end-of-turn mark")
+
+
+async def model_images(service: Service, model: ServedModel, texts: Sequence[str]) -> list[NDArray[np.uint8]]:
     """base64 texts to RGB squares of the model's size, on a thread. Raises InvalidImage."""
-    limit, size = service.settings.max_image_pixels, model.card.image_size
+    limit, size, pool = service.settings.max_image_pixels, model.card.image_size, service.resizing
 
     def decode() -> list[NDArray[np.uint8]]:
         squares = []
         for number, text in enumerate(texts, start=1):
             try:
-                squares.append(to_model_square(decode_image(from_base64(text), max_pixels=limit), size))
+                squares.append(decode_to_square(from_base64(text), size, limit, pool))
             except ImageError as problem:
                 raise InvalidImage(f"image {number} of {len(texts)}: {problem}") from None
         return squares
@@ -208,6 +214,7 @@ def _common(request: wire.GenerationFields, model: ServedModel, outcome: Outcome
             preprocess=spent.preprocess_ms,
             first_token=spent.first_token_ms,
             generate=spent.generate_ms,
+            parse=spent.parse_ms,
             total=spent.total_ms,
         ),
         "request_id": request.request_id,

@@ -13,9 +13,11 @@ import logging
 import time
 import uuid
 
+from pydantic import BaseModel
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vlm2vla_schema.errors import ErrorBody, ErrorInfo
+from vlm2vla_schema.errors import ErrorBody, ErrorCode, ErrorInfo
+from vlm2vla_server import logs
 from vlm2vla_server.errors import EngineFailure, ServerError, Unauthorized
 from vlm2vla_server.metrics import Metrics
 
@@ -24,6 +26,9 @@ log = logging.getLogger("vlm2vla_server")
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 RECEIVED_KEY = "vlm2vla.received_s"
 REQUEST_ID_KEY = "vlm2vla.request_id"
+LOG_KEY = "vlm2vla.log"
+"""A dict that lower layers add to; its members stand in the request's line of the log."""
+QUIET_PATHS = OPEN_PATHS | {"/metrics"}
 DRAIN_TIMEOUT_S = 2.0
 DRAIN_FACTOR = 4
 
@@ -35,6 +40,40 @@ def error_body(problem: ServerError, request_id: str | None) -> bytes:
         return ErrorBody(error=info).model_dump_json().encode()
     except ValueError:  # model text that is not Unicode: kept readable by escapes
         return json.dumps({"error": info.model_dump(mode="python")}, default=str).encode()
+
+
+class OpenAIError(BaseModel):
+    """What went wrong, as OpenAI's clients read it."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str
+
+
+class OpenAIErrorBody(BaseModel):
+    """The body of every answer of /v1 that is not a success."""
+
+    error: OpenAIError
+
+
+def openai_status(code: ErrorCode) -> int:
+    """The HTTP status of a code under /v1: OpenAI answers 400 to an invalid request."""
+    return 400 if code is ErrorCode.INVALID_REQUEST else code.http_status
+
+
+def openai_error_body(problem: ServerError) -> bytes:
+    """The wire form of an error under /v1, on one line."""
+    kind = "invalid_request_error" if problem.code.http_status < 499 else "server_error"
+    code = problem.openai_code or problem.code.value
+    return OpenAIErrorBody(error=OpenAIError(message=problem.message, type=kind, code=code)).model_dump_json().encode()
+
+
+def error_answer(problem: ServerError, path: str, request_id: str | None) -> tuple[int, bytes]:
+    """Status and body of an error, in the shape of the path that was asked."""
+    if path == "/v1" or path.startswith("/v1/"):
+        return openai_status(problem.code), openai_error_body(problem)
+    return problem.code.http_status, error_body(problem, request_id)
 
 
 class Guard:
@@ -57,10 +96,12 @@ class Guard:
         if scope["type"] != "http":  # no websockets here
             await send({"type": "websocket.close", "code": 1008})
             return
-        exchange = _Exchange(receive, send, self._drain_bytes)
+        exchange = _Exchange(receive, send, self._drain_bytes, scope["path"])
         received_s = time.monotonic()
         scope[RECEIVED_KEY] = received_s
         scope[REQUEST_ID_KEY] = exchange.request_id
+        scope[LOG_KEY] = {}
+        logs.REQUEST_ID.set(exchange.request_id)
         try:
             if not self._authorized(scope):
                 exchange.drains = False
@@ -76,9 +117,10 @@ class Guard:
             await exchange.fail(EngineFailure("the server failed on this request; its log says why"))
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
+            took_s = time.monotonic() - received_s
             self._metrics.requests.labels(path, str(exchange.status or 499)).inc()
-            self._metrics.seconds.labels(path).observe(time.monotonic() - received_s)
-            log.info("%s %s %s", scope["method"], path, exchange.status or 499)
+            self._metrics.seconds.labels(path).observe(took_s)
+            _log_request(scope, path, exchange.status or 499, took_s)
 
     def _authorized(self, scope: Scope) -> bool:
         if self._key is None or scope["path"] in OPEN_PATHS:
@@ -90,12 +132,20 @@ class Guard:
         return bool(scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._key))
 
 
+def _log_request(scope: Scope, path: str, status: int, took_s: float) -> None:
+    # Probes come every few seconds and say nothing while they succeed.
+    level = logging.DEBUG if path in QUIET_PATHS and status == 200 else logging.INFO
+    line = logs.fields(method=scope["method"], path=path, status=status, ms=round(took_s * 1000, 1), **scope[LOG_KEY])
+    log.log(level, "request", extra=line)
+
+
 class _Exchange:
     """One request's two directions, watched: was the body read, has the answer begun, with which status."""
 
-    def __init__(self, receive: Receive, send: Send, drain_bytes: int) -> None:
+    def __init__(self, receive: Receive, send: Send, drain_bytes: int, path: str) -> None:
         self._receive = receive
         self._send = send
+        self._path = path
         self._drain_bytes = drain_bytes
         self._body_done = False
         self.drains = True
@@ -122,10 +172,10 @@ class _Exchange:
         """Answer with an error, unless an answer has begun already."""
         if self.status is not None:
             return
-        body = error_body(problem, self.request_id)
+        status, body = error_answer(problem, self._path, self.request_id)
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         headers += [(name.lower().encode(), value.encode()) for name, value in problem.headers.items()]
-        await self.send({"type": "http.response.start", "status": problem.code.http_status, "headers": headers})
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
         await self.send({"type": "http.response.body", "body": body})
 
     async def _drain(self) -> None:

@@ -7,10 +7,11 @@ default: a robot would move by it.
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
 
@@ -20,10 +21,13 @@ from numpy.typing import NDArray
 from vlm2vla_schema.errors import ParseError
 from vlm2vla_schema.parsing import RowStream
 from vlm2vla_schema.types import Chunk
-from vlm2vla_server.engines.base import Delta, Engine, GenerationRequest
+from vlm2vla_server import logs
+from vlm2vla_server.engines.base import Delta, Engine, GenerationLost, GenerationRequest
 from vlm2vla_server.errors import DeadlineExceeded, UnparseableOutput, attempt_details
 from vlm2vla_server.metrics import Metrics
 from vlm2vla_server.stages import ServedModel, Stage
+
+log = logging.getLogger("vlm2vla_server")
 
 T = TypeVar("T")
 RowSink = Callable[[int, list[float]], Awaitable[None]]
@@ -75,6 +79,7 @@ class Spent:
     preprocess_ms: float = 0.0
     first_token_ms: float = 0.0
     generate_ms: float = 0.0
+    parse_ms: float = 0.0
     total_ms: float = 0.0
 
 
@@ -90,13 +95,15 @@ class Outcome(Generic[T]):
     spent: Spent
 
 
-@dataclass(frozen=True)
+@dataclass
 class Clocking:
     """Points in time on the monotonic clock, in seconds: when the stage's time began (receipt of the request, or the
-    end of the stage before), and when the request's deadline falls."""
+    end of the stage before), and when the request's deadline falls. queued_s: how much of the time since then went by
+    in the server's queue."""
 
     began_s: float
     deadline_s: float
+    queued_s: float = 0.0
 
 
 class _AttemptFailed(Exception):
@@ -128,9 +135,11 @@ class _Text:
 class Policy:
     """Runs stages. Safe to use from many tasks at once."""
 
-    def __init__(self, engine: Engine, metrics: Metrics) -> None:
+    def __init__(self, engine: Engine, metrics: Metrics, *, log_texts: bool = False) -> None:
+        """log_texts: prompts and raw texts go to the log; for debugging only."""
         self._engine = engine
         self._metrics = metrics
+        self._log_texts = log_texts
 
     async def run(
         self,
@@ -148,7 +157,8 @@ class Policy:
         """
         failures: list[FailedAttempt] = []
         text = _Text()
-        spent = Spent(preprocess_ms=_ms_since(clocking.began_s))
+        queue_ms = clocking.queued_s * 1000.0
+        spent = Spent(queue_ms=queue_ms, preprocess_ms=max(0.0, _ms_since(clocking.began_s) - queue_ms))
         seed = sampling.seed if sampling.seed is not None else secrets.randbelow(2**31)
         remaining_s = clocking.deadline_s - time.monotonic()
         try:
@@ -158,14 +168,21 @@ class Policy:
                     self._check_deadline(clocking)
                     request = _request(stage, model, images, sampling, (seed + attempt) % MAX_SEED)
                     try:
-                        value = await self._attempt(stage, request, text, spent, clocking, sink)
+                        self._metrics.attempts.labels(stage.name, model.name).inc()
+                        value = await self._attempt(stage, request, text, spent, model.name, sink)
+                    except GenerationLost as lost:
+                        if text.sent_rows or attempt + 1 == sampling.max_attempts:
+                            raise
+                        failures.append(FailedAttempt(stage.name, text.raw, "lost", str(lost)))
+                        continue
                     except _AttemptFailed as failed:
                         failures.append(failed.failure)
-                        self._metrics.failed_attempts.labels(stage.name).inc()
+                        self._metrics.failed_attempts.labels(stage.name, model.name).inc()
                         if failed.final:
                             break
                         continue
                     spent.total_ms = _ms_since(clocking.began_s)
+                    self._metrics.stage_seconds.labels(stage.name, model.name).observe(spent.total_ms / 1000.0)
                     return Outcome(value, text.raw, attempt + 1, text.finish, stage.prompt_version, spent)
         except TimeoutError:
             if text.pieces:
@@ -184,34 +201,46 @@ class Policy:
         request: GenerationRequest,
         text: _Text,
         spent: Spent,
-        clocking: Clocking,
+        model: str,
         sink: RowSink | None,
     ) -> T:
         rows = stage.rows() if stage.rows is not None and sink is not None else None
         started_s = time.monotonic()
         try:
             # Closing the stream frees the engine, whichever way this block is left.
-            async with _closing(self._engine.generate(request)) as deltas:
+            async with closing(self._engine.generate(request)) as deltas:
                 async for delta in deltas:
                     if not text.pieces:
                         spent.first_token_ms = max(0.0, _ms_since(started_s) - delta.queue_ms - delta.preprocess_ms)
+                        first_s = spent.first_token_ms / 1000.0
+                        self._metrics.first_token_seconds.labels(stage.name, model).observe(first_s)
                     text.pieces.append(delta.text)
                     text.last = delta
                     if rows is not None and sink is not None:
-                        await _send_rows(rows.feed(delta.text), text, sink)
-            return await self._accept(stage, text, rows, sink)
+                        with _timed(spent):
+                            ready = rows.feed(delta.text)
+                        if ready and not text.sent_rows:
+                            self._metrics.first_row_seconds.labels(model).observe(_ms_since(started_s) / 1000.0)
+                        await _send_rows(ready, text, sink)
+            return await self._accept(stage, text, rows, sink, spent)
         except ParseError as problem:
             failure = FailedAttempt(stage.name, text.raw, text.finish, str(problem))
             raise _AttemptFailed(failure, final=text.sent_rows > 0) from None
         finally:
             _account(spent, text.last, _ms_since(started_s))
-            self._metrics.count_tokens(stage.name, text.last)
+            self._metrics.count_tokens(stage.name, model, text.last)
+            if self._log_texts:
+                texts = logs.fields(stage=stage.name, model=model, prompt=request.prompt, raw_text=text.raw)
+                log.info("attempt", extra=texts)
 
     @staticmethod
-    async def _accept(stage: Stage[T], text: _Text, rows: RowStream | None, sink: RowSink | None) -> T:
+    async def _accept(
+        stage: Stage[T], text: _Text, rows: RowStream | None, sink: RowSink | None, spent: Spent
+    ) -> T:
         if text.finish == "length" and stage.cut_is_failure:
             raise ParseError("the text was cut by max_tokens", text.raw, "an answer that ends by itself")
-        value = stage.parse(text.raw) if rows is None else cast("T", rows.close())
+        with _timed(spent):
+            value = stage.parse(text.raw) if rows is None else cast("T", rows.close())
         if sink is not None and isinstance(value, Chunk):
             await _send_rows(value.rows[text.sent_rows :], text, sink)
         return value
@@ -224,8 +253,18 @@ async def _send_rows(rows: Sequence[list[float]], text: _Text, sink: RowSink) ->
         await sink(index, row)
 
 
+@contextmanager
+def _timed(spent: Spent) -> Iterator[None]:
+    """Count what happens inside as parsing."""
+    began_s = time.monotonic()
+    try:
+        yield
+    finally:
+        spent.parse_ms += _ms_since(began_s)
+
+
 @asynccontextmanager
-async def _closing(deltas: AsyncIterator[Delta]) -> AsyncIterator[AsyncIterator[Delta]]:
+async def closing(deltas: AsyncIterator[Delta]) -> AsyncIterator[AsyncIterator[Delta]]:
     """Close an engine's iterator on the way out; the Protocol asks only for an iterator, which may have no aclose."""
     try:
         yield deltas

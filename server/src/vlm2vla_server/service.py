@@ -6,17 +6,20 @@ import asyncio
 import json
 import logging
 import platform
+import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
 from vlm2vla_schema.limits import MAX_ROWS
 from vlm2vla_schema.messages import PROTOCOL, UNITS, AdapterInfo, InfoResponse, LimitsInfo
+from vlm2vla_schema.probes import probe_image
 from vlm2vla_schema.prompts import PROMPT_VERSIONS
 from vlm2vla_schema.types import MODEL_CARD_FILE, ModelCard, ModelCardError
-from vlm2vla_server.adapter_proof import Proof, proof_image, prove
+from vlm2vla_server.adapter_proof import Proof, ProofKind, prove, scope_problem
 from vlm2vla_server.admission import Admission, Episodes
-from vlm2vla_server.engines.base import Engine, EngineInfo, GenerationRequest
-from vlm2vla_server.errors import ConfigurationError, NotReady, ServerError, UnknownModel
+from vlm2vla_server.engines.base import Engine, EngineInfo, GenerationRequest, ScoreUnavailable
+from vlm2vla_server.errors import ConfigurationError, EngineFailure, NotReady, ServerError, UnknownModel
 from vlm2vla_server.metrics import Metrics
 from vlm2vla_server.policy import Policy
 from vlm2vla_server.settings import BASE_MODEL_NAME, Settings
@@ -24,12 +27,24 @@ from vlm2vla_server.stages import ServedModel, actions_stage, subtasks_stage, ve
 
 log = logging.getLogger("vlm2vla_server")
 
+CUT_TIMEOUT_S = 2.0
+"""How long requests that were ended may take to leave."""
+RESIZING_THREADS = 4
+
 
 class ServedAdapterInfo(AdapterInfo):
-    """One adapter of /info, with the reason when it is not proven and the difference that was measured."""
+    """One adapter of /info, with the reason when it is not proven and what was measured, in nat a token.
+
+    proof: "references" when it was compared with the log-probabilities of its card, "difference" when the card has none
+    and only a difference from the base could be asked for. The other fields are those of `adapter_proof.Proof`.
+    """
 
     problem: str | None = None
+    proof: ProofKind | None = None
     mean_difference_nat: float | None = None
+    distance_nat: float | None = None
+    base_distance_nat: float | None = None
+    tolerance_nat: float | None = None
 
 
 class ServerInfo(InfoResponse):
@@ -49,62 +64,113 @@ class Service:
         self.settings = settings
         self.engine = engine
         self.metrics = Metrics()
-        self.policy = Policy(engine, self.metrics)
+        self.policy = Policy(engine, self.metrics, log_texts=settings.log_texts)
         self.admission = Admission(settings.max_concurrency, self.metrics)
         self.episodes = Episodes()
+        self.resizing = ThreadPoolExecutor(RESIZING_THREADS, "vlm2vla-resize")  # starts threads when first used
         self.ready = False
         self.reason: str | None = "the model is loading"
         self.models: dict[str, ServedModel] = {}
         self._cards: dict[str, ModelCard] = {}
         self._proofs: dict[str, Proof] = {}
         self._engine_info: EngineInfo | None = None
+        self._stopping = False
+        self._watching: asyncio.Task[None] | None = None
+        self.dead = asyncio.Event()
+        """Set when the engine can no longer serve; the process should then end, for a supervisor to start it again."""
 
     async def start(self) -> None:
         """Load, prove, warm up. Never raises: what fails becomes the reason for not being ready."""
         try:
             self._cards = read_cards(self.settings)
+            self._watching = asyncio.create_task(self._watch_engine())
             await self.engine.start()
             self._engine_info = self.engine.info()
+            self.admission.set_slots(self._engine_info.slots)
             await self._prove_adapters()
             await self._warm_up()
         except asyncio.CancelledError:
             raise
         except (ConfigurationError, ServerError) as problem:
-            self.reason = str(problem)
+            self._not_ready(str(problem))
             log.error("not ready: %s", problem, exc_info=problem.__cause__)
             return
         except Exception:
-            self.reason = "the engine failed while starting; the server's log says why"
+            self._not_ready("the engine failed while starting; the server's log says why")
             log.exception("the engine failed while starting")
             return
         self._decide_readiness()
 
     async def close(self) -> None:
         """Stop serving and free the engine."""
-        self.ready = False
-        self.reason = "the server is shutting down"
-        self.metrics.ready.set(0)
+        self._stop()
+        if self._watching is not None:
+            self._watching.cancel()
         await self.engine.close()
+        self.resizing.shutdown(wait=False, cancel_futures=True)
+
+    async def drain(self, limit_s: float) -> None:
+        """Refuse new requests, give those at work `limit_s` seconds, then end them: streams get their error event."""
+        self._stop()
+        if await self._idle_within(limit_s):
+            return
+        log.warning("requests did not finish within %g s and are ended", limit_s)
+        self.cut()
+        await self._idle_within(CUT_TIMEOUT_S)
+
+    def cut(self) -> None:
+        """End every request at work now."""
+        self._stop()
+        self.episodes.end_all("shutdown", NotReady("the server is shutting down"))
+
+    async def _idle_within(self, limit_s: float) -> bool:
+        until_s = time.monotonic() + limit_s
+        while self.episodes.busy and time.monotonic() < until_s:
+            await asyncio.sleep(0.02)
+        return not self.episodes.busy
+
+    def _stop(self) -> None:
+        self._stopping = True
+        self.ready = False
+        if not self.dead.is_set():
+            self.reason = "the server is shutting down"
+        self.metrics.ready.set(0)
+
+    def _not_ready(self, reason: str) -> None:
+        if not self._stopping and not self.dead.is_set():
+            self.reason = reason
+
+    async def _watch_engine(self) -> None:
+        why = await self.engine.wait_dead()
+        if self._stopping:
+            return
+        self.ready, self.reason = False, f"the engine died: {why}"
+        self.metrics.ready.set(0)
+        log.critical("%s; ending the process for a supervisor to start it again", self.reason)
+        self.dead.set()
+        self.episodes.end_all("engine_died", EngineFailure("the engine died; the server's log says how"))
 
     async def _prove_adapters(self) -> None:
         assert self._engine_info is not None
         loads = {load.name: load for load in self._engine_info.adapters}
-        names = [name for name, _ in self.settings.adapters]
-        size = self._cards[names[0] if names else BASE_MODEL_NAME].image_size
-        self._proofs = await prove(self.engine, names, size) if names else {}
-        base = ServedModel(BASE_MODEL_NAME, None, self._cards[BASE_MODEL_NAME])
+        unprovable: str | None = None
+        try:
+            self._proofs = await prove(self.engine, {name: self._cards[name] for name, _ in self.settings.adapters})
+        except ScoreUnavailable as missing:
+            self._proofs, unprovable = {}, f"the adapters cannot be proven active: {missing}"
         self.models = {}
-        for name in names:
+        for name, folder in self.settings.adapters:
             card, load = self._cards[name], loads.get(name)
-            problem = card_problem(card, load.adapted_modules if load else 0, self._engine_info.model_hash)
-            problem = (load.problem if load else None) or problem or self._proofs[name].problem
+            problem = scope_problem(name, folder) or (load.problem if load else None)
+            problem = problem or card_problem(card, load.adapted_modules if load else 0, self._engine_info.model_hash)
+            problem = problem or unprovable or self._proofs[name].problem
             self.models[name] = ServedModel(name, name, card, proven=problem is None, problem=problem)
-        self.models[BASE_MODEL_NAME] = base
+        self.models[BASE_MODEL_NAME] = ServedModel(BASE_MODEL_NAME, None, self._cards[BASE_MODEL_NAME])
 
     async def _warm_up(self) -> None:
         """Compile every grammar and run one short generation under every model, so that the first caller need not."""
         for model in self.models.values():
-            image = proof_image(0, model.card.image_size)
+            image = probe_image(0, model.card.image_size)
             stages = (
                 subtasks_stage("warm up"),
                 actions_stage("warm up", None, model.card, self.settings.max_row_translation_m),
@@ -116,6 +182,8 @@ class Service:
                     pass
 
     def _decide_readiness(self) -> None:
+        if self._stopping or self.dead.is_set():
+            return
         problems = [model.problem for model in self.models.values() if model.problem is not None]
         if problems and not self.settings.allow_unproven:
             self.reason = "; ".join(problems) + " (--allow-unproven serves it all the same, with policy false)"
@@ -137,6 +205,11 @@ class Service:
         """What a request without `model` asks: the first adapter, or the base when there is none."""
         return self.settings.adapters[0][0] if self.settings.adapters else BASE_MODEL_NAME
 
+    def label(self, name: str | None) -> str:
+        """The name of a request's model for metrics and logs: one of a closed set, whatever the caller sent."""
+        wanted = self.default_model if name is None else name
+        return wanted if wanted in self.models else "unknown"
+
     def resolve(self, name: str | None) -> ServedModel:
         """The model a request names. Raises UnknownModel."""
         model = self.models.get(self.default_model if name is None else name)
@@ -157,7 +230,7 @@ class Service:
             model=self.default_model,
             policy=bool(self.ready and default and default.policy),
             base_model=self._cards[BASE_MODEL_NAME].name if BASE_MODEL_NAME in self._cards else None,
-            base_hash=engine.model_hash if engine else None,
+            base_hash=(engine.model_hash or None) if engine else None,
             stages=list(default.stages) if default else list(card.stages) if card else [],
             adapters=[
                 self._adapter_info(name, hashes.get(name, ""))
@@ -178,7 +251,7 @@ class Service:
             ready=self.ready,
             reason=self.reason,
             device=f"{engine.device} {engine.dtype}" if engine else None,
-            context_tokens=engine.context_tokens if engine else None,
+            context_tokens=(engine.context_tokens or None) if engine else None,
         )
 
     def _adapter_info(self, name: str, digest: str) -> ServedAdapterInfo:
@@ -190,7 +263,11 @@ class Service:
             proven=bool(model and model.proven),
             card=self._cards[name],
             problem=model.problem if model else None,
+            proof=proof.kind if proof else None,
             mean_difference_nat=proof.mean_difference_nat if proof else None,
+            distance_nat=proof.distance_nat if proof else None,
+            base_distance_nat=proof.base_distance_nat if proof else None,
+            tolerance_nat=proof.tolerance_nat if proof else None,
         )
 
 
@@ -225,9 +302,10 @@ def _untouched_card(folder: Path) -> ModelCard:
     return ModelCard(name=folder.resolve().name, base_model=folder.resolve().name, image_size=size)
 
 
-def card_problem(card: ModelCard, adapted_modules: int, base_hash: str) -> str | None:
-    """What keeps this server from doing as an adapter's card says; None when it can."""
-    if card.base_hash and card.base_hash != base_hash:
+def card_problem(card: ModelCard, adapted_modules: int | None, base_hash: str) -> str | None:
+    """What keeps this server from doing as an adapter's card says; None when it can. What an engine cannot know
+    (adapted_modules None, base_hash "") is not compared."""
+    if card.base_hash and base_hash and card.base_hash != base_hash:
         return (
             f"the card of {card.name!r} was written for a base with sha256 {card.base_hash[:12]}..., the loaded base "
             f"has {base_hash[:12]}..."
@@ -236,7 +314,7 @@ def card_problem(card: ModelCard, adapted_modules: int, base_hash: str) -> str |
         ours = PROMPT_VERSIONS.get(stage)
         if ours is not None and ours != version:
             return f"the card of {card.name!r} asks for prompt {stage} {version!r}; this server has {ours!r}"
-    if card.adapted_modules and card.adapted_modules != adapted_modules:
+    if card.adapted_modules and adapted_modules is not None and card.adapted_modules != adapted_modules:
         return (
             f"the card of {card.name!r} says {card.adapted_modules} adapted modules, the loaded adapter has "
             f"{adapted_modules}"

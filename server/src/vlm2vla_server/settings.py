@@ -14,6 +14,7 @@ from pathlib import Path
 
 from vlm2vla_schema.images import MAX_PIXELS
 from vlm2vla_server.errors import ConfigurationError
+from vlm2vla_server.logs import FORMATS as LOG_FORMATS
 
 ENGINES = ("vllm", "transformers", "openai")
 BASE_MODEL_NAME = "base"
@@ -29,6 +30,7 @@ class Settings:
     max_concurrency: requests being generated or waiting for the engine; one more is answered `overloaded`.
     max_body_mb: largest request body, 2**20 bytes each. max_image_pixels: largest decoded picture.
     max_row_translation_m: largest |dx|, |dy|, |dz| of one row. body_timeout_s: longest wait for a request's body.
+    drain_s: how long running requests may go on after SIGTERM. log_texts: prompts and raw texts go to the log.
     engine_options: passed to the engine as they are (`--engine-option KEY=VALUE`).
     """
 
@@ -43,8 +45,11 @@ class Settings:
     max_image_pixels: int = MAX_PIXELS
     max_row_translation_m: float = 0.10
     body_timeout_s: float = 30.0
+    drain_s: float = 8.0
     threads: int = 0
     allow_unproven: bool = False
+    log_format: str = "json"
+    log_texts: bool = False
     engine_options: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
@@ -59,6 +64,10 @@ class Settings:
             raise ConfigurationError("--port: expected 0 to 65535")
         if not 0.001 <= self.max_row_translation_m <= 1.0:
             raise ConfigurationError("--max-row-translation-m: expected 0.001 to 1.0")
+        if not 0 <= self.drain_s <= 600:
+            raise ConfigurationError("--drain-s: expected 0 to 600")
+        if self.log_format not in LOG_FORMATS:
+            raise ConfigurationError(f"--log-format {self.log_format!r}: expected {' or '.join(LOG_FORMATS)}")
         self._check_adapters()
         if self.api_key is not None and not self.api_key:
             raise ConfigurationError("the API key is empty; leave it out or set a real one")
@@ -148,13 +157,12 @@ def _convert(name: str, text: str) -> object:
         return tuple(parse_option(part) for part in text.split(",") if part)
     if name == "model":
         return Path(text)
-    if name == "allow_unproven":
+    if name in ("allow_unproven", "log_texts"):
         return _boolean(name, text)
-    kind = {"max_row_translation_m": float, "body_timeout_s": float, "engine": str, "host": str, "api_key": str}.get(
-        name, int
-    )
+    if name in ("engine", "host", "api_key", "log_format"):
+        return text
     try:
-        return kind(text)
+        return float(text) if name in ("max_row_translation_m", "body_timeout_s", "drain_s") else int(text)
     except ValueError:
         raise ConfigurationError(f"VLM2VLA_{name.upper()}: expected a number") from None
 

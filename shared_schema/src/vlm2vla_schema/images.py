@@ -9,6 +9,9 @@ import base64
 import binascii
 import io
 import re
+from collections.abc import Callable
+from concurrent.futures import Executor
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,8 @@ MAX_PIXELS = 16_777_216
 """Default limit of `decode_image`: 4096 x 4096; a camera frame is 640 x 480."""
 
 _MAX_JPEG_SCANS = 100
+_STRIPS = 4
+_STRIPS_FROM_PX = 448  # below, threads cost more than they save
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _EIGHT_BIT_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "La", "CMYK", "YCbCr"})
 _DATA_URL = re.compile(r"data:[A-Za-z0-9!#$&^_.+/;=-]{0,100};base64,")
@@ -53,6 +58,26 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]
     Raises:
         ImageError: another format, more than `max_pixels`, truncated or damaged data, or more than 8 bits a channel.
     """
+    return _decoded(data, max_pixels, lambda image: np.array(image, dtype=np.uint8))
+
+
+def decode_to_square(
+    data: bytes, size: int, max_pixels: int = MAX_PIXELS, pool: Executor | None = None
+) -> NDArray[np.uint8]:
+    """`to_model_square(decode_image(data, max_pixels), size)`, bit for bit, without the full picture in between.
+
+    Args:
+        pool: threads that share the resizing to a large square; the caller must not be one of them.
+
+    Raises:
+        ImageError: as `decode_image`.
+    """
+    return _decoded(data, max_pixels, lambda image: _squashed(image, size, pool))
+
+
+def _decoded(
+    data: bytes, max_pixels: int, use: Callable[[Image.Image], NDArray[np.uint8]]
+) -> NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             if image.width * image.height > max_pixels:
@@ -61,7 +86,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]
             if image.mode not in _EIGHT_BIT_MODES:
                 raise ImageError(f"the image has mode {image.mode}; expected 8 bits a channel")
             _check_complete(data, image)
-            pixels: NDArray[np.uint8] = np.array(image.convert("RGB"), dtype=np.uint8)
+            pixels = use(image if image.mode == "RGB" else image.convert("RGB"))
     except ImageError:
         raise
     except Exception as error:
@@ -93,8 +118,28 @@ def to_model_square(rgb: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     Raises:
         ImageError: not a uint8 [H, W, 3] array.
     """
-    image = Image.fromarray(_checked(rgb))
-    return np.array(image.resize((size, size), Image.Resampling.LANCZOS), dtype=np.uint8)
+    return _squashed(Image.fromarray(_checked(rgb)), size)
+
+
+def _squashed(image: Image.Image, size: int, pool: Executor | None = None) -> NDArray[np.uint8]:
+    """Lanczos to [size, size, 3]. Pillow resizes rows first, then columns, with 8 bits a channel in between; in the
+    first pass every row is by itself, in the second every column, so strips of them on threads give the same bits."""
+    if pool is None or size < _STRIPS_FROM_PX:
+        return np.array(image.resize((size, size), Image.Resampling.LANCZOS), dtype=np.uint8)
+    image.load()  # now: strips would each start to decode
+    rows = [(0, top, image.width, low) for top, low in _strips(image.height)]
+    flat = pool.map(lambda box: image.crop(box).resize((size, box[3] - box[1]), Image.Resampling.LANCZOS), rows)
+    narrow = Image.new("RGB", (size, image.height))
+    for box, strip in zip(rows, flat, strict=True):
+        narrow.paste(strip, (0, box[1]))
+    columns = [(left, 0, right, image.height) for left, right in _strips(size)]
+    done = pool.map(lambda box: narrow.crop(box).resize((box[2] - box[0], size), Image.Resampling.LANCZOS), columns)
+    return np.concatenate([np.asarray(strip) for strip in done], axis=1)
+
+
+def _strips(length: int) -> list[tuple[int, int]]:
+    edges = [length * part // _STRIPS for part in range(_STRIPS + 1)]
+    return [(low, high) for low, high in pairwise(edges) if high > low]
 
 
 def from_base64(text: str) -> bytes:

@@ -145,12 +145,14 @@ class Usage(_Answer):
 
 
 class TimingMs(_Answer):
-    """Milliseconds; `first_token` counts from the start of generation, `total` from receipt."""
+    """Milliseconds; `first_token` counts from the start of generation, `total` from receipt. `parse`, the strict
+    parser's own time, is a part of `generate`."""
 
     queue: float = Field(default=0.0, ge=0.0)
     preprocess: float = Field(default=0.0, ge=0.0)
     first_token: float = Field(default=0.0, ge=0.0)
     generate: float = Field(default=0.0, ge=0.0)
+    parse: float = Field(default=0.0, ge=0.0)
     total: float = Field(default=0.0, ge=0.0)
 
 

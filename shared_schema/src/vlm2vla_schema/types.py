@@ -72,8 +72,9 @@ class ModelCardError(VLM2VLAError):
 class ReferenceLogprobs(BaseModel):
     """Log-probabilities measured where the adapter was made; a server compares its own before it becomes ready.
 
-    `logprobs` has one entry for each of `token_ids`: ln p of that token after the prompt and the tokens before it.
-    `image` is base64 of PNG or JPEG bytes, or null for a text-only probe.
+    `token_ids` are those of `completion` and the end of turn after it. `logprobs` has one entry for each: ln p of that
+    token after the prompt and the tokens before it, in nat, under the adapter; `base_logprobs` the same under the base.
+    `image` is base64 of PNG or JPEG bytes of the card's `image_size`, or null for a text-only probe.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)

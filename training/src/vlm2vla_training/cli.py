@@ -174,14 +174,18 @@ def _add_sft(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def _add_export(commands: Commands[argparse.ArgumentParser]) -> None:
     command = _command(commands, "export", "export:run_export", "training run -> model artifact with model_card.json")
-    command.add_argument("--run", type=Path, required=True, help="folder of a finished sft run")
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=Path, help="folder of a finished sft run")
+    source.add_argument("--adapter", type=Path, help="an exported adapter: write it again, with references in its card")
     command.add_argument("--name", default="twin", help="name in the model card")
     command.add_argument("--licence", default=None, help="default: the base model's")
     command.add_argument("--metrics", type=Path, default=None, help="JSON file with measured results for the card")
     command.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the stored weights")
-    command.add_argument("--base", type=Path, default=None, help="base model folder, when it has moved since")
-    command.add_argument("--references", type=int, default=0, help="examples whose log-probabilities go into the card")
-    command.add_argument("--examples", type=Path, default=None, help="folder of curate for --references")
+    command.add_argument("--base", type=Path, default=None, help="base model folder; default for --run: the run's own")
+    command.add_argument(
+        "--no-references", dest="references", action="store_false", help="leave the log-probabilities out of the card"
+    )
+    command.add_argument("--device", default="cpu", help="where references are measured, in float32: cpu, cuda, cuda:N")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,9 @@
-"""`export`: a finished run -> a model artifact: adapter or whole model, model_card.json, README and notices."""
+"""`export`: a finished run -> a model artifact: adapter or whole model, model_card.json, README and notices.
+
+An adapter's card also holds reference log-probabilities (transformers and PEFT, float32) of fixed prompts, under
+adapter and base: a server compares its own with them before it becomes ready. `export --adapter` measures them for an
+artifact that was exported earlier.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +15,26 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlm2vla_schema.images import to_base64
+from vlm2vla_schema.probes import PROBE_PROMPTS, probe_image
 from vlm2vla_schema.prompts import PROMPT_VERSIONS
 from vlm2vla_schema.types import ModelCard, ReferenceLogprobs, Stage
-from vlm2vla_training.curation.dataset import ExampleSet, encode_png, load_examples
+from vlm2vla_training.curation.dataset import encode_png
 from vlm2vla_training.curation.examples import DIGIT_MAP
 from vlm2vla_training.errors import DataError, UsageError
 from vlm2vla_training.jsonio import read_json, sha256_of_files
 from vlm2vla_training.progress import finish
+from vlm2vla_training.servable import write_servable_names
 from vlm2vla_training.sft import ADAPTER_SCOPE
-from vlm2vla_training.sft_data import Collator, Encoder, Tokens
+from vlm2vla_training.sft_data import Encoder
 
 _GEMMA_NOTICE = """Gemma is provided under and subject to the Gemma Terms of Use found at https://ai.google.dev/gemma/terms
 
@@ -35,11 +45,16 @@ https://ai.google.dev/gemma/prohibited_use_policy
 _TRAINING_FACTS = (
     "preset", "examples", "kinds", "tokens", "steps", "loss", "seed", "variant", "plan_source", "max_steps",
 )  # fmt: skip
+REFERENCE_TOKENS = 32
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def run_export(args: argparse.Namespace) -> int:
     """`export`: write the artifact; --out is replaced as a whole when everything is written."""
+    return _export_adapter(args) if args.adapter is not None else _export_run(args)
+
+
+def _export_run(args: argparse.Namespace) -> int:
     started = time.monotonic()
     summary = read_json(args.run / "summary.json")
     if summary.get("command") != "sft":
@@ -49,27 +64,59 @@ def run_export(args: argparse.Namespace) -> int:
     if base_card.base_hash != summary["base_hash"]:
         raise UsageError(f"{base} is not the base of this run: its hash differs; give --base")
     metrics = read_json(args.metrics) if args.metrics else {}
-    if args.references and not args.examples:
-        raise UsageError("--references needs --examples, the folder of curate to take them from")
     if args.dry_run:
         print(f"export: would write {summary['artifact']} of {args.run} as {args.name!r} to {args.out}")
         return 0
-    partial = args.out.with_name(args.out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = _partial(args.out)
     partial.mkdir(parents=True)
-    dtype = getattr(torch, args.dtype)
-    _copy_weights(args.run / summary["artifact"], partial, dtype, base_card.name)
-    references = _references(base, partial, summary, args) if args.references else None
+    _copy_weights(args.run / summary["artifact"], partial, getattr(torch, args.dtype), base_card.name)
+    if summary["full_finetune"]:
+        write_servable_names(partial)
+    measure = args.references and not summary["full_finetune"]
+    references = measure_references(base, partial, base_card.image_size, args.device) if measure else None
     card = model_card(args, summary, base_card, metrics, references)
     card.write(partial)
     _write_texts(partial, card, base, summary)
-    shutil.rmtree(args.out, ignore_errors=True)
-    os.replace(partial, args.out)
-    weights = sorted(args.out.glob("*.safetensors"))
+    _finish(args.out, partial, card, started)
+    return 0
+
+
+def _export_adapter(args: argparse.Namespace) -> int:
+    """Write an exported adapter again, with reference log-probabilities in its card; nothing else changes."""
+    started = time.monotonic()
+    card = ModelCard.read(args.adapter)
+    if not all((args.adapter / name).is_file() for name in _ADAPTER_FILES):
+        raise DataError(f"{args.adapter} is not an exported adapter: expected {' and '.join(_ADAPTER_FILES)} in it")
+    if args.base is None or not args.references:
+        raise UsageError("--adapter adds references, measured on its base: it needs --base and no --no-references")
+    found = ModelCard.read(args.base).base_hash
+    if card.base_hash is not None and found != card.base_hash:
+        raise UsageError(f"{args.base} is not the base of {card.name!r}: its card names another hash; give --base")
+    if args.dry_run:
+        print(f"export: would write {args.adapter} with reference log-probabilities to {args.out}")
+        return 0
+    partial = _partial(args.out)
+    shutil.copytree(args.adapter, partial)
+    references = measure_references(args.base, partial, card.image_size, args.device)
+    card = card.model_copy(update={"reference_logprobs": references})
+    card.write(partial)
+    _finish(args.out, partial, card, started)
+    return 0
+
+
+def _partial(out: Path) -> Path:
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    return partial
+
+
+def _finish(out: Path, partial: Path, card: ModelCard, started_s: float) -> None:
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(partial, out)
+    weights = sorted(out.glob("*.safetensors"))
     size_mb = sum(path.stat().st_size for path in weights) / 1e6
     facts = {"name": card.name, "weights_hash": sha256_of_files(weights), "megabytes": round(size_mb, 2)}
-    finish("export", args.out, facts, started, f"{card.name}: {card.adapted_modules} modules, {size_mb:.2f} MB")
-    return 0
+    finish("export", out, facts, started_s, f"{card.name}: {card.adapted_modules} modules, {size_mb:.2f} MB")
 
 
 def model_card(
@@ -130,46 +177,61 @@ def _set_dtype(path: Path, dtype: torch.dtype) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _references(
-    base: Path, artifact: Path, summary: dict[str, Any], args: argparse.Namespace
-) -> list[ReferenceLogprobs]:
-    """Measure log-probabilities of a few training answers under the stored adapter and under the base, in float32."""
-    if summary["full_finetune"]:
-        raise UsageError("--references compares an adapter with its base; a full fine-tune has none")
+def measure_references(base: Path, adapter: Path, image_size: int, device: str = "cpu") -> list[ReferenceLogprobs]:
+    """Log-probabilities of the adapter's own greedy answers to the eight probes, under adapter and base.
+
+    Args:
+        base: base model folder. adapter: folder of the stored adapter: what a server will load, rounding included.
+        image_size: side of the probe pictures in pixels. device: of torch; the model is loaded in float32.
+    """
     processor = AutoProcessor.from_pretrained(base)
-    examples = load_examples(args.examples, ModelCard.read(base).image_size, ("actions",))
-    encoder = Encoder(processor)
     model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
-    adapted = PeftModel.from_pretrained(model, str(artifact)).eval()
-    stride = max(1, len(examples) // args.references)
-    chosen = list(range(0, len(examples), stride))[: args.references]
-    return [_reference(examples, index, encoder, adapted) for index in chosen]
+    adapted = PeftModel.from_pretrained(model, str(adapter)).to(device).eval()
+    encoder = Encoder(processor)
+    return [
+        _reference(prompt, encode_png(probe_image(index, image_size)), Image.fromarray(probe_image(index, image_size)),
+                   encoder, adapted)
+        for index, prompt in enumerate(PROBE_PROMPTS)
+    ]  # fmt: skip
 
 
-def _reference(examples: ExampleSet, index: int, encoder: Encoder, adapted: PeftModel) -> ReferenceLogprobs:
-    tokens = encoder.encode(examples.prompts[index], examples.completions[index], len(examples.images[index]))
-    collator = Collator(examples, {index: tokens}, encoder.processor)
-    batch = {name: torch.from_numpy(array) for name, array in collator([{"example": index}]).items()}
+@torch.no_grad()
+def _reference(prompt: str, png: bytes, image: Image.Image, encoder: Encoder, adapted: PeftModel) -> ReferenceLogprobs:
+    inputs = encoder.processor(
+        text=[encoder.prompt_text(prompt, 1)], images=[[image]], add_special_tokens=False, return_tensors="pt"
+    ).to(adapted.device)
+    start = inputs["input_ids"].shape[1]
+    written = adapted.generate(**inputs, do_sample=False, max_new_tokens=REFERENCE_TOKENS)[0, start:].tolist()
+    control = set(encoder.tokenizer.all_special_ids) | {int(encoder.processor.image_token_id)}
+    stop = encoder.tokenizer.convert_tokens_to_ids(encoder.end_of_turn)
+    text = encoder.tokenizer.decode(
+        [token for token in written if token != stop and token not in control], skip_special_tokens=False
+    ).strip()
+    # The text is what is stored and scored: its tokens may be others than those that the model chose.
+    answer = encoder.encode(prompt, text, 1).answer.astype(np.int64)
     with adapted.disable_adapter():
-        base = _answer_logprobs(adapted, batch, tokens)
+        base = _answer_logprobs(adapted, inputs, answer)
     return ReferenceLogprobs(
-        prompt=examples.prompts[index],
-        image=to_base64(encode_png(examples.pixels[examples.images[index][0]])),
-        completion=examples.completions[index],
-        token_ids=[int(token) for token in tokens.answer],
-        logprobs=_answer_logprobs(adapted, batch, tokens),
+        prompt=prompt,
+        image=to_base64(png),
+        completion=text,
+        token_ids=[int(token) for token in answer],
+        logprobs=_answer_logprobs(adapted, inputs, answer),
         base_logprobs=base,
     )
 
 
-@torch.no_grad()
-def _answer_logprobs(model: PeftModel, batch: dict[str, torch.Tensor], tokens: Tokens) -> list[float]:
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    logits = model(**inputs).logits[0].float()
-    start = len(tokens.prompt)
-    rows = torch.log_softmax(logits[start - 1 : start + len(tokens.answer) - 1], dim=-1)
-    answer = batch["input_ids"][0, start : start + len(tokens.answer)]
-    return [round(float(value), 6) for value in rows.gather(1, answer[:, None])[:, 0]]
+def _answer_logprobs(model: PeftModel, prompt: Any, answer: NDArray[np.int64]) -> list[float]:
+    """ln p of each token of the answer [T] after the processor's prompt."""
+    tail = torch.from_numpy(answer).to(model.device)[None]
+    start, inputs = prompt["input_ids"].shape[1], dict(prompt)
+    inputs["input_ids"] = torch.cat([prompt["input_ids"], tail], dim=1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if "token_type_ids" in inputs:
+        inputs["token_type_ids"] = torch.cat([prompt["token_type_ids"], torch.zeros_like(tail)], dim=1)
+    logits = model(**inputs).logits[0, start - 1 : -1].float()
+    rows = torch.log_softmax(logits, dim=-1)
+    return [round(float(value), 6) for value in rows.gather(1, tail[0][:, None])[:, 0]]
 
 
 def _write_texts(folder: Path, card: ModelCard, base: Path, summary: dict[str, Any]) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 from vlm2vla_client.errors import ClientError, ConfigurationError
 from vlm2vla_client.evaluation.options import EvalOptions
 from vlm2vla_client.evaluation.report import write_report
-from vlm2vla_client.evaluation.summary import Summary, current_commit, write_summary
+from vlm2vla_client.evaluation.summary import Summary, write_summary
 from vlm2vla_client.evaluation.trial import PolicyMaker, ServerFailedError, run_trial
 from vlm2vla_client.evaluation.trials import Trial, TrialLog, read_trials
 from vlm2vla_client.http import ServerConnection
+from vlm2vla_client.machine import current_commit
 from vlm2vla_client.policies.base import PolicyInfo
 from vlm2vla_client.policies.server import ServerPolicy
 from vlm2vla_client.recorder import write_json_atomic

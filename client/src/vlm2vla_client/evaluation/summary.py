@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-import subprocess
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +12,7 @@ from vlm2vla_client.evaluation.options import LANGUAGES, split_of
 from vlm2vla_client.evaluation.statistics import Distribution, Interval, clopper_pearson, describe, wilson
 from vlm2vla_client.evaluation.trial import failure_of
 from vlm2vla_client.evaluation.trials import Override, Trial, read_overrides, read_trials
+from vlm2vla_client.machine import about_machine
 from vlm2vla_client.recorder import write_json_atomic
 from vlm2vla_twin.tasks import SUITES, score_of
 
@@ -165,7 +164,7 @@ def summarise(trials: Sequence[Trial], server: Mapping[str, Any], overrides: int
         overrides=overrides,
         commits=sorted({trial.commit for trial in trials if trial.commit is not None}),
         server=dict(server),
-        machine={"system": platform.platform(), "processor": _processor(), "python": platform.python_version()},
+        machine=about_machine(),
     )
 
 
@@ -180,30 +179,3 @@ def write_summary(folder: Path, server: Mapping[str, Any]) -> tuple[Summary, lis
     summary = summarise(trials, server, len(overrides))
     write_json_atomic(folder / SUMMARY, summary)
     return summary, trials
-
-
-def current_commit() -> str | None:
-    """The commit that this code runs from, with ``+`` when files differ from it; None outside a checkout."""
-    here = Path(__file__).parent
-
-    def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
-    if not commit:
-        return None
-    return commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        return platform.machine()
-    return platform.machine()

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import torch
+import transformers
 from safetensors import safe_open
 
 from vlm2vla_server.engines.base import EngineStartError
@@ -36,7 +38,7 @@ def load_adapter(network: Any, name: str, internal_name: str, folder: Path) -> t
 
     Raises EngineStartError when the folder cannot be read at all.
     """
-    _refuse_unsupported(name, folder)
+    _lora_config(name, folder)
     keys = _file_keys(name, folder)
     try:
         with warnings.catch_warnings():
@@ -48,20 +50,59 @@ def load_adapter(network: Any, name: str, internal_name: str, folder: Path) -> t
                 wrapped = peft.PeftModel.from_pretrained(network, str(folder), adapter_name=internal_name)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as problem:
         raise EngineStartError(f"cannot load adapter {name!r} from {folder}: {problem}") from problem
-    expected = set(peft.get_peft_model_state_dict(wrapped, adapter_name=internal_name))
+    return wrapped, _facts(wrapped, internal_name, keys, folder)
+
+
+def inspect_adapter(model: Path, name: str, internal_name: str, folder: Path) -> LoadedAdapter:
+    """Compare the adapter in `folder` with the base in `model` without loading weights: the network is built on torch's
+    meta device, which holds shapes and no numbers. For engines that load adapters by themselves.
+
+    Raises EngineStartError when either folder cannot be read at all.
+    """
+    _lora_config(name, folder)
+    keys = _file_keys(name, folder)
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(model), local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            network = transformers.AutoModelForImageTextToText.from_config(config)
+            settings = peft.PeftConfig.from_pretrained(str(folder))
+            wrapped = peft.PeftModel(network, settings, adapter_name=internal_name)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as problem:
+        raise EngineStartError(f"cannot fit adapter {name!r} from {folder} to {model}: {problem}") from problem
+    return _facts(wrapped, internal_name, keys, folder)
+
+
+def _facts(wrapped: peft.PeftModel, internal_name: str, keys: set[str], folder: Path) -> LoadedAdapter:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = set(peft.get_peft_model_state_dict(wrapped, adapter_name=internal_name))
     modules = {key.split(".lora_")[0] for key in expected}
     digest = hashlib.sha256((folder / ADAPTER_FILE).read_bytes()).hexdigest()
-    return wrapped, LoadedAdapter(internal_name, digest, len(modules), _compare(keys, expected))
+    return LoadedAdapter(internal_name, digest, len(modules), _compare(keys, expected))
 
 
-def _refuse_unsupported(name: str, folder: Path) -> None:
+def rank_of(name: str, folder: Path) -> int:
+    """The largest rank in an adapter's adapter_config.json. Raises EngineStartError."""
+    config = _lora_config(name, folder)
+    ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
+    if not all(isinstance(rank, int) and rank > 0 for rank in ranks):
+        raise EngineStartError(
+            f"adapter {name!r}: expected ranks of at least 1 in its adapter_config.json, found {ranks}"
+        )
+    return int(max(ranks))
+
+
+def _lora_config(name: str, folder: Path) -> dict[str, Any]:
     path = folder / "adapter_config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as problem:
         raise EngineStartError(f"adapter {name!r}: cannot read {path}: {problem}") from problem
-    if config.get("peft_type") != "LORA":
-        raise EngineStartError(f"adapter {name!r}: expected a LoRA adapter, {path} says {config.get('peft_type')!r}")
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":
+        raise EngineStartError(f"adapter {name!r}: expected a LoRA adapter, {path} says {kind!r}")
+    return dict(config)
 
 
 def _file_keys(name: str, folder: Path) -> set[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,18 @@ from numpy.typing import NDArray
 from vlm2vla_server.errors import ConfigurationError, EngineFailure, InvalidRequest
 
 EngineFinish = Literal["stop", "length"]
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation. parts, in order: text, or None where the next of the request's images stands."""
+
+    role: Role
+    parts: tuple[str | None, ...]
+
+
+Conversation: TypeAlias = tuple[Turn, ...]
 
 
 @dataclass(frozen=True)
@@ -25,6 +37,8 @@ class GenerationRequest:
     adapter: a name given at start-up, or None for the untouched base model.
     temperature: 0 is greedy. top_p: 0 (exclusive) to 1. top_k is off and the repetition penalty is 1, always.
     grammar: EBNF that the text must follow, or None.
+    turns: the conversation to answer, for the model's own chat template; `prompt` is empty then, and the images stand
+    where the turns say. Engines read `conversation`.
     """
 
     images: tuple[NDArray[np.uint8], ...]
@@ -35,16 +49,33 @@ class GenerationRequest:
     seed: int
     max_tokens: int
     grammar: str | None = None
+    turns: Conversation = ()
+
+    @property
+    def conversation(self) -> Conversation:
+        """The turns; those of a stage are one: its images, then its prompt."""
+        return self.turns or _one_turn(len(self.images), self.prompt)
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Log-probabilities of `completion` (and the end of turn after it), given images and prompt, under one adapter."""
+    """Log-probabilities of `completion` (and the end of turn after it), given images and prompt (or turns, as in a
+    GenerationRequest), under one adapter."""
 
     images: tuple[NDArray[np.uint8], ...]
     prompt: str
     completion: str
     adapter: str | None
+    turns: Conversation = ()
+
+    @property
+    def conversation(self) -> Conversation:
+        """As in a GenerationRequest."""
+        return self.turns or _one_turn(len(self.images), self.prompt)
+
+
+def _one_turn(images: int, prompt: str) -> Conversation:
+    return (Turn("user", (*[None] * images, prompt)),)
 
 
 @dataclass(frozen=True)
@@ -64,17 +95,20 @@ class Delta:
 @dataclass(frozen=True)
 class AdapterLoad:
     """What loading one adapter showed. `problem` is None when file, model and card agree; otherwise it says what is
-    wrong, and the server does not count the adapter as active."""
+    wrong, and the server does not count the adapter as active. An engine that cannot see the file leaves `hash` empty
+    and `adapted_modules` None."""
 
     name: str
     hash: str
-    adapted_modules: int
+    adapted_modules: int | None
     problem: str | None = None
 
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What /info and /metrics say about the engine. `versions`: library -> version."""
+    """What /info and /metrics say about the engine. `versions`: library -> version. `context_tokens` 0 and `model_hash`
+    "" mean that the engine cannot know. `slots`: generations it runs at once; what exceeds them waits in the server, by
+    priority. 0: as many as come."""
 
     name: str
     device: str
@@ -83,6 +117,7 @@ class EngineInfo:
     model_hash: str
     adapters: tuple[AdapterLoad, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
+    slots: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,8 +137,27 @@ class GenerationError(EngineFailure):
     """A generation broke inside the engine (500)."""
 
 
+class GenerationLost(GenerationError):
+    """A generation ended before its end through no fault of the request, e.g. because its machine died: asking again
+    may work (500 when nobody does)."""
+
+
+class ScoreUnavailable(GenerationError):
+    """This engine's model cannot tell log-probabilities; the message says why (500)."""
+
+
 class PromptTooLong(InvalidRequest):
     """Images and text do not fit the model's context (422)."""
+
+    openai_code = "context_length_exceeded"
+
+
+class PromptRefused(InvalidRequest):
+    """The model's chat template does not take this order of turns (422)."""
+
+
+class GrammarRefused(InvalidRequest):
+    """The grammar cannot be read (422)."""
 
 
 class Engine(Protocol):
@@ -117,14 +171,20 @@ class Engine(Protocol):
         """Abort what runs and free the worker, within a few seconds. Safe to call twice."""
         ...
 
+    async def wait_dead(self) -> str:
+        """Wait until the engine can no longer serve and will not recover by itself (its process or thread has ended,
+        its device is lost), and return why, in words for the log and /readyz; otherwise wait for ever. By then every
+        stream of the engine ends with GenerationError. May be called before `start`."""
+        ...
+
     def generate(self, request: GenerationRequest) -> AsyncIterator[Delta]:
         """Stream a generation. Closing the iterator (or cancelling the task that reads it) aborts it within one
-        token. Raises PromptTooLong, GenerationError."""
+        token. Raises PromptTooLong, PromptRefused, GrammarRefused, GenerationError."""
         ...
 
     async def score(self, request: ScoreRequest) -> list[float]:
         """Natural-log probability of each token of the completion and of the end of turn. Raises PromptTooLong,
-        GenerationError."""
+        ScoreUnavailable, GenerationError."""
         ...
 
     def info(self) -> EngineInfo:

@@ -11,6 +11,8 @@ import torch
 import xgrammar
 
 _RESERVED = re.compile(r"<unused\d+>")
+MAX_GRAMMARS = 32
+"""Compiled grammars kept: the stages' own, and some that callers of /v1 bring."""
 _TURN_MARKS = ("<start_of_turn>", "<end_of_turn>")
 
 
@@ -33,8 +35,8 @@ def pick_token(logits: torch.Tensor, temperature: float, top_p: float, generator
 
 
 class GrammarCache:
-    """Grammars compiled for one tokenizer, each once. `width` is the model's number of logits, which may exceed the
-    tokenizer's vocabulary: the surplus is masked too."""
+    """Grammars compiled for one tokenizer, the newest MAX_GRAMMARS kept. `width` is the model's number of logits, which
+    may exceed the tokenizer's vocabulary: the surplus is masked too."""
 
     def __init__(self, tokenizer: Any, width: int, stop_ids: Sequence[int]) -> None:
         info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=width, stop_token_ids=list(stop_ids))
@@ -46,10 +48,12 @@ class GrammarCache:
     def constraint(self, grammar: str) -> Constraint:
         """A fresh constraint for one generation. Raises RuntimeError on EBNF that xgrammar cannot read."""
         with self._lock:
-            compiled = self._compiled.get(grammar)
+            compiled = self._compiled.pop(grammar, None)
             if compiled is None:
                 compiled = self._compiler.compile_grammar(grammar)
-                self._compiled[grammar] = compiled
+            self._compiled[grammar] = compiled  # the last is the newest
+            while len(self._compiled) > MAX_GRAMMARS:
+                del self._compiled[next(iter(self._compiled))]
         return Constraint(compiled, self._width)
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import torch
 import transformers
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vlm2vla_server.engines.adapters import LoadedAdapter, load_adapter
-from vlm2vla_server.engines.base import EngineStartError, PromptTooLong
+from vlm2vla_server.engines.base import Conversation, EngineStartError, GenerationError, PromptRefused, PromptTooLong
 from vlm2vla_server.engines.decoding import control_tokens
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -67,9 +68,9 @@ class HFModel:
         if self.dtype_name not in DTYPES:
             raise EngineStartError(f"dtype {options.dtype!r}: expected auto, {', '.join(DTYPES)}")
         torch.set_num_threads(max(1, options.threads))
-        self.processor = _quietly_load(transformers.AutoProcessor, options.model)
+        self.processor = quietly_load(transformers.AutoProcessor, options.model)
         self.tokenizer = self.processor.tokenizer
-        base = _quietly_load(transformers.AutoModelForImageTextToText, options.model, dtype=DTYPES[self.dtype_name])
+        base = quietly_load(transformers.AutoModelForImageTextToText, options.model, dtype=DTYPES[self.dtype_name])
         self.network: Any = base.to(self.device).eval()
         self.model_hash = folder_hash(options.model)
         self.adapters: dict[str, LoadedAdapter] = {}
@@ -84,20 +85,19 @@ class HFModel:
         text_config = base.config.get_text_config()
         self.logit_width = int(text_config.vocab_size)
         self.context_tokens = int(getattr(text_config, "max_position_embeddings", 131072))
-        self.stop_ids = _stop_ids(base, self.tokenizer)
+        self.stop_ids = stop_ids(getattr(base.generation_config, "eos_token_id", None), self.tokenizer)
         control = control_tokens(self.tokenizer, self.stop_ids)
         self.control_ids, self.control_texts = frozenset(control), frozenset(control.values())
         self._prefixes: OrderedDict[bytes, Any] = OrderedDict()
         self._prefix_entries = options.prefix_cache_entries
 
-    def encode(self, images: Sequence[NDArray[np.uint8]], text: str) -> Prompt:
-        """The chat template around images and text, with the answer about to begin. The template writes the only BOS;
-        pan-and-scan is off."""
-        content: list[dict[str, Any]] = [{"type": "image", "image": Image.fromarray(image)} for image in images]
-        content.append({"type": "text", "text": text})
-        inputs = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
+    def encode(self, images: Sequence[NDArray[np.uint8]], conversation: Conversation) -> Prompt:
+        """The chat template around the conversation, with the answer about to begin. The template writes the only BOS;
+        pan-and-scan is off. Raises PromptTooLong, PromptRefused."""
+        inputs = apply_template(
+            self.processor,
+            images,
+            conversation,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
@@ -126,6 +126,8 @@ class HFModel:
             yield
 
     def _select(self, adapter: str | None) -> None:
+        if adapter is not None and adapter not in self.adapters:
+            raise GenerationError(f"the engine has no adapter {adapter!r}; it has {', '.join(self.adapters) or 'none'}")
         if adapter == self._active or self._peft is None:
             return
         if adapter is None:
@@ -200,6 +202,31 @@ class HFModel:
         return values
 
 
+def apply_template(
+    processor: Any, images: Sequence[NDArray[np.uint8]], conversation: Conversation, **options: Any
+) -> Any:
+    """The model's own chat template around a conversation, with the answer about to begin. Raises PromptRefused."""
+    try:
+        return processor.apply_chat_template(_messages(images, conversation), add_generation_prompt=True, **options)
+    except jinja2.TemplateError as problem:
+        raise PromptRefused(
+            "the model's chat template refuses this order of turns; most want user and assistant in turn, the user "
+            "first, after at most one system message"
+        ) from problem
+
+
+def _messages(images: Sequence[NDArray[np.uint8]], conversation: Conversation) -> list[dict[str, Any]]:
+    """The conversation as processors take it."""
+    waiting = iter(images)
+
+    def part(text: str | None) -> dict[str, Any]:
+        if text is None:
+            return {"type": "image", "image": Image.fromarray(next(waiting))}
+        return {"type": "text", "text": text}
+
+    return [{"role": turn.role, "content": [part(text) for text in turn.parts]} for turn in conversation]
+
+
 def _branch(cache: Any) -> Any:
     """A copy of a cache that can grow by itself. Layers grow by concatenation, never in place: tensors are shared."""
     twin = copy.copy(cache)
@@ -215,7 +242,7 @@ def _device(name: str) -> str:
     return name
 
 
-def _quietly_load(factory: Any, folder: Path, **options: Any) -> Any:
+def quietly_load(factory: Any, folder: Path, **options: Any) -> Any:
     """`from_pretrained` from a local folder, never from the network and never running code from the folder."""
     try:
         return factory.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **options)
@@ -223,13 +250,13 @@ def _quietly_load(factory: Any, folder: Path, **options: Any) -> Any:
         raise EngineStartError(f"cannot load {factory.__name__} from {folder}: {problem}") from problem
 
 
-def _stop_ids(network: Any, tokenizer: Any) -> list[int]:
-    """End-of-turn first, then whatever else ends an answer."""
+def stop_ids(configured: Any, tokenizer: Any) -> list[int]:
+    """End-of-turn first, then whatever else ends an answer. configured: `eos_token_id` of the checkpoint's generation
+    settings: one id, several, or None. Raises EngineStartError when nothing ends an answer."""
     wanted: list[int] = []
     vocabulary = tokenizer.get_vocab()
     if "<end_of_turn>" in vocabulary:
         wanted.append(int(vocabulary["<end_of_turn>"]))
-    configured = getattr(network.generation_config, "eos_token_id", None)
     for source in (configured, tokenizer.eos_token_id):
         many = source if isinstance(source, list) else [source]
         wanted.extend(int(i) for i in many if i is not None)

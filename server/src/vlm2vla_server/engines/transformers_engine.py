@@ -23,6 +23,7 @@ from vlm2vla_server.engines.base import (
     EngineLoad,
     GenerationError,
     GenerationRequest,
+    GrammarRefused,
     ScoreRequest,
 )
 from vlm2vla_server.engines.decoding import Constraint, Detokenizer, GrammarCache, pick_token
@@ -36,7 +37,7 @@ class TransformersEngine:
 
     def __init__(self, options: ModelOptions) -> None:
         self._options = options
-        self._worker = Worker("vlm2vla-engine")
+        self._worker = Worker("vlm2vla-engine", fatal=device_is_lost)
         self._model: HFModel | None = None
         self._grammars: GrammarCache | None = None
         self._decoded_tokens = 0
@@ -55,6 +56,10 @@ class TransformersEngine:
         """Abort everything and stop the thread."""
         # A short block at shutdown is harmless, and an executor may already be gone then.
         self._worker.close()
+
+    async def wait_dead(self) -> str:
+        """Wait for the end of the worker thread."""
+        return await self._worker.wait_dead()
 
     def _loaded(self) -> HFModel:
         if self._model is None:
@@ -78,7 +83,7 @@ class TransformersEngine:
     def _generate(self, request: GenerationRequest, outlet: Outlet[Delta], received_s: float) -> None:
         started_s = time.monotonic()
         model = self._loaded()
-        prompt = model.encode(request.images, request.prompt)
+        prompt = model.encode(request.images, request.conversation)
         constraint = self._constraint(request.grammar)
         generator = torch.Generator("cpu").manual_seed(request.seed)
         text = Detokenizer(model.tokenizer, model.control_ids)
@@ -106,7 +111,10 @@ class TransformersEngine:
         if grammar is None:
             return None
         assert self._grammars is not None
-        return self._grammars.constraint(grammar)
+        try:
+            return self._grammars.constraint(grammar)
+        except RuntimeError as problem:
+            raise GrammarRefused("the grammar is not EBNF that xgrammar reads, with a rule 'root'") from problem
 
     @staticmethod
     def _choose(
@@ -114,7 +122,10 @@ class TransformersEngine:
     ) -> int:
         if constraint is None:
             return pick_token(logits, request.temperature, request.top_p, generator)
-        token = pick_token(constraint.mask(logits.clone()), request.temperature, request.top_p, generator)
+        allowed = constraint.mask(logits.clone())
+        if float(allowed.max()) == float("-inf"):
+            raise GrammarRefused("the grammar allows no text that goes on from here")
+        token = pick_token(allowed, request.temperature, request.top_p, generator)
         constraint.accept(token)
         return token
 
@@ -128,7 +139,7 @@ class TransformersEngine:
 
         def work() -> list[float]:
             model = self._loaded()
-            prompt = model.encode(request.images, request.prompt)
+            prompt = model.encode(request.images, request.conversation)
             with model.using(request.adapter):
                 return model.log_probabilities(prompt, model.completion_ids(request.completion))
 
@@ -153,6 +164,7 @@ class TransformersEngine:
                 "peft": peft.__version__,
                 "xgrammar": metadata.version("xgrammar"),
             },
+            slots=1,
         )
 
     def load(self) -> EngineLoad:
@@ -162,3 +174,11 @@ class TransformersEngine:
     def control_tokens(self) -> frozenset[str]:
         """Texts of the tokenizer's control tokens."""
         return self._loaded().control_texts
+
+
+def device_is_lost(problem: BaseException) -> bool:
+    """After most errors of a CUDA device its context is gone for the life of the process: every later call fails.
+    Running out of memory is not one of them."""
+    while problem.__cause__ is not None:
+        problem = problem.__cause__
+    return isinstance(problem, torch.AcceleratorError) and not isinstance(problem, torch.OutOfMemoryError)

@@ -7,6 +7,7 @@ listens any more; it then has to return at its next check (one token).
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -50,9 +51,16 @@ class Outlet(Generic[T]):
 
 
 class Worker:
-    """The thread and its queue. `stream` and `call` are used on the event loop."""
+    """The thread and its queue. `stream` and `call` are used on the event loop.
 
-    def __init__(self, name: str) -> None:
+    The thread dies of whatever is no ordinary error (anything but an Exception), and of errors after which, `fatal`
+    says, nothing works any more; every reader then gets a GenerationError, and `wait_dead` returns.
+    """
+
+    def __init__(self, name: str, fatal: Callable[[BaseException], bool] = lambda problem: False) -> None:
+        self._fatal = fatal
+        self._death: concurrent.futures.Future[str] = concurrent.futures.Future()
+        self._death.set_running_or_notify_cancel()  # a reader that stops waiting must not cancel it for the others
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._closed = threading.Event()
@@ -76,20 +84,44 @@ class Worker:
         if self._thread.is_alive():
             self._thread.join(CLOSE_TIMEOUT_S)
 
+    async def wait_dead(self) -> str:
+        """Wait until the thread has ended without having been closed; returns why."""
+        return await asyncio.wrap_future(self._death)
+
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            with self._lock:
-                self.waiting -= 1
-            self.running = 1
-            try:
-                job()
-            finally:
-                self.running = 0
+        why = "its thread ended"
+        try:
+            while (job := self._jobs.get()) is not None:
+                with self._lock:
+                    self.waiting -= 1
+                self.running = 1
+                try:
+                    job()
+                finally:
+                    self.running = 0
+        except BaseException as problem:
+            why = f"{type(problem).__name__} ended its thread"
+        finally:
+            if not self._closed.is_set():
+                self._die(why)
+
+    def _die(self, why: str) -> None:
+        with self._lock:
+            outlets = list(self._outlets)
+            self.waiting = 0
+            self._death.set_result(why)
+        for outlet in outlets:
+            outlet.put(_End(GenerationError("the engine died")))
+
+    def _check_alive(self) -> None:
+        if self._death.done():
+            raise GenerationError("the engine died")
+        if self._closed.is_set():
+            raise GenerationError("the engine is shutting down")
 
     async def stream(self, work: Callable[[Outlet[T]], None]) -> AsyncIterator[T]:
         """Run `work` on the thread and yield what it puts. Leaving the loop early aborts the job."""
-        if self._closed.is_set():
-            raise GenerationError("the engine is shutting down")
+        self._check_alive()
         outlet: Outlet[T] = Outlet(asyncio.get_running_loop())
         self._submit(work, outlet)
         try:
@@ -115,9 +147,14 @@ class Worker:
                 error = problem
             if error is None and self._closed.is_set():
                 error = GenerationError("the engine is shutting down")
+            if error is not None and (not isinstance(error, Exception) or self._fatal(error)):
+                outlet.put(_End(GenerationError("the engine died")))
+                raise error
             outlet.put(_End(error))
 
         with self._lock:
+            if self._death.done():
+                raise GenerationError("the engine died")
             self._outlets.add(outlet)  # type: ignore[arg-type]  # a set of outlets of any item type
             self.waiting += 1
         self._jobs.put(job)

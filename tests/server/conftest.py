@@ -1,0 +1,19 @@
+"""One engine of each kind for all tests here that ask for it: starting vLLM takes most of a minute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from engine_contract import PARAMETERS, Models, Subject, started, write_models
+
+
+@pytest.fixture(scope="session")
+def contract_models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return write_models(tmp_path_factory.mktemp("contract"))
+
+
+@pytest.fixture(scope="session", params=PARAMETERS)
+def subject(request: pytest.FixtureRequest, contract_models: Models) -> Iterator[Subject]:
+    with started(request.param, contract_models) as running:
+        yield running
