@@ -54,7 +54,7 @@ def test_the_server_has_a_gpu_a_health_check_a_restart_policy_and_a_cache() -> N
     assert "/readyz" in server["healthcheck"]["test"][-1] and server["healthcheck"]["start_period"]
     assert server["restart"] == "unless-stopped"
     volumes = yaml.safe_load(COMPOSE.read_text())["volumes"]
-    assert "cache" in volumes and "cache:/home/vlm2vla/.cache" in server["volumes"]
+    assert "cache" in volumes and "cache:/app/cache" in server["volumes"]
     weights = [volume for volume in server["volumes"] if ":/models/" in volume]
     assert len(weights) == 2 and all(volume.endswith(":ro") for volume in weights)
 
