@@ -175,7 +175,7 @@ async def _chat_completions(service: Service, request: Request) -> Response:
     await work.stop()
     assert isinstance(first, ChatResult)
     answer = frame.completion(first)
-    return Response(answer.model_dump_json(exclude_unset=False), media_type="application/json")
+    return Response(answer.model_dump_json(), media_type="application/json")
 
 
 class _Frame:
