@@ -104,7 +104,10 @@ def test_a_stream_gives_the_same_text_in_pieces(tmp_path: Path) -> None:
             assert got[-1]["choices"] == [] and got[-1]["usage"]["completion_tokens"] == 6
             assert [e["choices"][0]["finish_reason"] for e in got if e["choices"]][-1] == "stop"
             plain = events(await caller.post(CHAT, {**HELLO, "stream": True}))
-            assert all(event["choices"] for event in plain)
+            assert all(event["choices"] and "usage" not in event for event in plain)
+            counted = {**HELLO, "stream": True, "stream_options": {"continuous_usage_stats": True}}
+            counts = [event["usage"]["completion_tokens"] for event in events(await caller.post(CHAT, counted))[1:]]
+            assert counts == [1, 2, 3, 4, 5, 6, 6]
 
     run(work())
 

@@ -83,6 +83,8 @@ def test_a_stream_becomes_deltas_and_the_last_has_the_counts() -> None:
             assert (got[-1].prompt_tokens, got[-1].completion_tokens, got[-1].cached_tokens) == (70, 5, 60)
             assert set(there.keys) == {"Bearer k"} and engine.load().running == 0
             assert engine.info().context_tokens == 4096
+            with pytest.raises(GenerationError, match="no adapter"):
+                await deltas(engine, replace(REQUEST, adapter="nobody"))
 
     run(work())
 
@@ -101,6 +103,8 @@ def test_what_is_sent_in_either_dialect() -> None:
         common = {"model", "messages", "stream", "stream_options", "temperature", "top_p", "seed", "max_tokens"}
         assert set(plain) == common
         assert set(vllm) == common | {"top_k", "min_p", "repetition_penalty", "structured_outputs"}
+        assert vllm["stream_options"] == {"include_usage": True, "continuous_usage_stats": True}
+        assert plain["stream_options"] == {"include_usage": True}
         assert vllm["structured_outputs"] == {"grammar": 'root ::= "a"'} and vllm["top_k"] == -1
         assert (vllm["model"], vllm["seed"], vllm["temperature"], vllm["top_p"]) == ("twin", 7, 0.5, 0.95)
         image, text = vllm["messages"][0]["content"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -22,11 +23,13 @@ from vlm2vla_server.engines.base import (
     EngineStartError,
     GenerationError,
     GenerationRequest,
+    PromptRefused,
     PromptTooLong,
     ScoreRequest,
+    Turn,
 )
 from vlm2vla_server.engines.decoding import Detokenizer, pick_token
-from vlm2vla_server.engines.hf_model import ModelOptions
+from vlm2vla_server.engines.hf_model import HFModel, ModelOptions
 from vlm2vla_server.engines.transformers_engine import TransformersEngine, device_is_lost
 
 IMAGE = np.random.default_rng(1).integers(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
@@ -312,3 +315,21 @@ def test_pieces_of_text_join_to_the_whole(folders: tuple[Path, Path, Path]) -> N
         detokenizer = Detokenizer(tokenizer, frozenset())
         pieces = [detokenizer.push(i) for i in ids]
         assert "".join(pieces) + detokenizer.flush() == tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_a_conversation_goes_through_the_models_own_template(folders: tuple[Path, Path, Path]) -> None:
+    model = HFModel(ModelOptions(folders[0]))
+    turns = (Turn("user", (None, "Here?")), Turn("assistant", ("No.",)), Turn("user", ("And here?", None)))
+    prompt = model.encode([IMAGE, OTHER], turns)
+    text = model.tokenizer.decode(prompt.ids[0], clean_up_tokenization_spaces=False)
+    text = re.sub(r"\n\n<start_of_image>(\s*<image_soft_token>)+\s*<end_of_image>\n\n", "[image]", text)
+    assert text == (
+        "<bos><start_of_turn>user\n[image]Here?<end_of_turn>\n<start_of_turn>model\nNo.<end_of_turn>\n"
+        "<start_of_turn>user\nAnd here?[image]<end_of_turn>\n<start_of_turn>model\n"
+    )
+    assert prompt.pixels is not None and not torch.equal(prompt.pixels[0], prompt.pixels[1])
+    swapped = model.encode([OTHER, IMAGE], turns)
+    assert swapped.pixels is not None and torch.equal(swapped.pixels[0], prompt.pixels[1])
+    model.processor.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(PromptRefused, match="chat template"):
+        model.encode([], turns[1:2])

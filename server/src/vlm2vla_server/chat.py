@@ -69,9 +69,10 @@ class Message(_Part):
 
 
 class StreamOptions(_Part):
-    """include_usage: one more chunk, with the tokens."""
+    """include_usage: one more chunk, with the tokens. continuous_usage_stats, vLLM's: those so far in each chunk."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class ResponseFormat(_Part):
@@ -129,25 +130,21 @@ class ChatRequest(_Part):
 
 
 class TextEvent(BaseModel):
-    """Text that became final, in a stream."""
+    """Text that became final, in a stream, and the tokens so far."""
 
     model_config = ConfigDict(frozen=True)
 
     model: str
     text: str
-
-
-class ChatResult(BaseModel):
-    """A finished completion. prompt_logprobs: null for a token whose value was not measured."""
-
-    model_config = ConfigDict(frozen=True, protected_namespaces=())
-
-    model: str
-    text: str
-    finish_reason: Literal["stop", "length"]
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+
+
+class ChatResult(TextEvent):
+    """A finished completion. prompt_logprobs: null for a token whose value was not measured."""
+
+    finish_reason: Literal["stop", "length"]
     prompt_logprobs: list[float | None] | None = None
 
 
@@ -228,7 +225,7 @@ async def _generate(request: GenerationRequest, stops: StopText, call: Call, mod
         if piece:
             pieces.append(piece)
             if call.emit is not None:
-                await call.emit(TextEvent(model=model.name, text=piece))
+                await call.emit(TextEvent(model=model.name, text=piece, **_tokens(last)))
 
     try:
         async with closing(call.service.engine.generate(request)) as deltas:
@@ -244,10 +241,12 @@ async def _generate(request: GenerationRequest, stops: StopText, call: Call, mod
         model=model.name,
         text="".join(pieces),
         finish_reason="stop" if stops.hit else last.finish_reason or "stop",
-        prompt_tokens=last.prompt_tokens,
-        completion_tokens=last.completion_tokens,
-        cached_tokens=last.cached_tokens,
+        **_tokens(last),
     )
+
+
+def _tokens(delta: Delta) -> dict[str, int]:
+    return {name: getattr(delta, name) for name in ("prompt_tokens", "completion_tokens", "cached_tokens")}
 
 
 async def _score(

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from vlm2vla_schema.errors import ErrorCode
 from vlm2vla_server.bodies import parse_body, read_body
-from vlm2vla_server.chat import DEFAULT_DEADLINE_MS, ChatRequest, ChatResult, TextEvent, complete
+from vlm2vla_server.chat import DEFAULT_DEADLINE_MS, ChatRequest, ChatResult, StreamOptions, TextEvent, complete
 from vlm2vla_server.errors import ServerError
 from vlm2vla_server.exchange import EventStream, begin, echo_id, first_event
 from vlm2vla_server.guard import LOG_KEY, OpenAIErrorBody, openai_error_body, openai_status
@@ -171,12 +171,11 @@ async def _chat_completions(service: Service, request: Request) -> Response:
     first = await first_event(work)
     frame = _Frame(f"chatcmpl-{echo_id(request.scope)}", int(time.time()))
     if parsed.stream:
-        usage = bool(parsed.stream_options is not None and parsed.stream_options.include_usage)
-        return EventStream(work, first, SSE, _Chunks(frame, usage).encode)
+        return EventStream(work, first, SSE, _Chunks(frame, parsed.stream_options or StreamOptions()).encode)
     await work.stop()
     assert isinstance(first, ChatResult)
     answer = frame.completion(first)
-    return Response(answer.model_dump_json(exclude_unset=False), media_type="application/json")
+    return Response(answer.model_dump_json(), media_type="application/json")
 
 
 class _Frame:
@@ -207,20 +206,23 @@ class _Frame:
 class _Chunks:
     """Encodes a stream: the role, pieces of text, the reason for the end, the usage when wanted, `[DONE]`."""
 
-    def __init__(self, frame: _Frame, usage: bool) -> None:
-        self._frame, self._usage = frame, usage
+    def __init__(self, frame: _Frame, options: StreamOptions) -> None:
+        self._frame, self._options = frame, options
         self._begun = False
 
     def encode(self, event: BaseModel | ServerError) -> tuple[bytes, bool]:
         """The bytes of an event, and whether it is the last."""
         if isinstance(event, ServerError):
             return b"data: " + openai_error_body(event) + b"\n\n", True
-        if isinstance(event, TextEvent):
-            return self._head(event.model) + self._frame.chunk(event.model, [_choice({"content": event.text})]), False
-        assert isinstance(event, ChatResult)
-        data = self._head(event.model) + self._frame.chunk(event.model, [_choice({}, event.finish_reason)])
-        if self._usage:
-            data += self._frame.chunk(event.model, [], usage=_usage(event).model_dump())
+        assert isinstance(event, TextEvent)
+        tokens = _usage(event).model_dump()
+        each = {"usage": tokens} if self._options.continuous_usage_stats else {}
+        if not isinstance(event, ChatResult):
+            piece = self._frame.chunk(event.model, [_choice({"content": event.text})], **each)
+            return self._head(event.model) + piece, False
+        data = self._head(event.model) + self._frame.chunk(event.model, [_choice({}, event.finish_reason)], **each)
+        if self._options.include_usage:
+            data += self._frame.chunk(event.model, [], usage=tokens)
         return data + b"data: [DONE]\n\n", True
 
     def _head(self, model: str) -> bytes:
@@ -238,7 +240,7 @@ def _event(data: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(data).encode() + b"\n\n"
 
 
-def _usage(result: ChatResult) -> ChatUsage:
+def _usage(result: TextEvent) -> ChatUsage:
     return ChatUsage(
         prompt_tokens=result.prompt_tokens,
         completion_tokens=result.completion_tokens,

@@ -159,15 +159,15 @@ class OpenAIEngine:
                         for choice in chunk.choices:
                             finish = _finish(choice.finish_reason) or finish
                             if choice.delta.content:
-                                count += 1
+                                count = usage.completion_tokens or count + 1
                                 self._decoded_tokens += 1
-                                yield Delta(choice.delta.content, None, 0, count, 0, 0.0, preprocess_ms)
+                                yield _delta(choice.delta.content, None, usage, count, preprocess_ms)
         except httpx.HTTPError as problem:
             raise self._broken(problem) from problem
         if finish is None:
             raise GenerationLost("the endpoint ended the stream before the answer's end")
         total = count if usage.completion_tokens is None else usage.completion_tokens
-        yield Delta("", finish, usage.prompt_tokens, total, usage.cached_tokens, 0.0, preprocess_ms)
+        yield _delta("", finish, usage, total, preprocess_ms)
 
     def _broken(self, problem: httpx.HTTPError) -> ServerError:
         if isinstance(problem, httpx.ReadTimeout):
@@ -215,6 +215,12 @@ class OpenAIEngine:
     def control_tokens(self) -> frozenset[str]:
         """The special tokens of the model folder's tokenizer, and the marks of common models."""
         return self._control
+
+
+def _delta(
+    text: str, finish: Literal["stop", "length"] | None, usage: Usage, completion_tokens: int, preprocess_ms: float
+) -> Delta:
+    return Delta(text, finish, usage.prompt_tokens, completion_tokens, usage.cached_tokens, 0.0, preprocess_ms)
 
 
 def _finish(reason: str | None) -> Literal["stop", "length"] | None:

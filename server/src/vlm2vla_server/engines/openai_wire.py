@@ -120,8 +120,11 @@ class Names:
     adapters: Mapping[str, str]
 
     def of(self, adapter: str | None) -> str:
-        """The endpoint's name of an adapter; of the base for None."""
-        return self.base if adapter is None else self.adapters[adapter]
+        """The endpoint's name of an adapter; of the base for None. Raises GenerationError."""
+        name = self.base if adapter is None else self.adapters.get(adapter)
+        if name is None:
+            raise GenerationError(f"the engine has no adapter {adapter!r}; it has {', '.join(self.adapters) or 'none'}")
+        return name
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,7 @@ class Writer:
         if self.dialect == "vllm":
             # vLLM takes what is not said from the checkpoint (Gemma: top_k 64).
             body |= {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+            body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
         if request.grammar is not None and self.grammar == "structured_outputs":
             body["structured_outputs"] = {"grammar": request.grammar}
         if request.grammar is not None and self.grammar == "guided_grammar":
