@@ -18,6 +18,8 @@ from vlm2vla_client.progress import SilentProgress
 from vlm2vla_client.recorder import RecordedEpisode
 
 HERE = Path(__file__).parent
+MODEL = HERE.parents[1] / "models" / "twin"
+START_LIMIT_S = 120.0
 
 
 class ServerProcess:
@@ -26,21 +28,20 @@ class ServerProcess:
     def __init__(self, folder: Path, texts: dict[str, Any], token_s: float = 0.0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "texts.json").write_text(json.dumps({"texts": texts, "token_s": token_s}))
+        self._start(folder, lambda port: [sys.executable, str(HERE / "e2e_server.py"), str(port), str(folder)])
+
+    def _start(self, folder: Path, command: Callable[[int], list[str]]) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+            port = int(probe.getsockname()[1])
         self.url = f"http://127.0.0.1:{port}"
         self._log = (folder / "server.log").open("wb")
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "e2e_server.py"), str(port), str(folder)],
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-        )
+        self._process = subprocess.Popen(command(port), stdout=self._log, stderr=subprocess.STDOUT)
         self.killed_s: float | None = None
         self._wait(folder)
 
     def _wait(self, folder: Path) -> None:
-        ends_s = time.monotonic() + 60.0
+        ends_s = time.monotonic() + START_LIMIT_S
         while time.monotonic() < ends_s:
             if self._process.poll() is not None:
                 break
@@ -71,6 +72,17 @@ class ServerProcess:
             self._process.kill()
         self._process.wait(timeout=10)
         self._log.close()
+
+
+class TwinServer(ServerProcess):
+    """``vlm2vla-server serve`` with the real model of models/twin."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        program = str(Path(sys.executable).with_name("vlm2vla-server"))
+        model = ["--model", str(MODEL / "base"), "--adapter", f"twin={MODEL / 'adapter'}", "--threads", "1"]
+        serve = [program, "serve", "--engine", "transformers", *model]
+        self._start(folder, lambda port: [*serve, "--port", str(port)])
 
 
 class OnEvent(SilentProgress):
