@@ -88,8 +88,8 @@ def test_ranks_are_rounded_up_to_what_vllm_has(contract_models: Models, tmp_path
         folder = adapter_copy(contract_models, tmp_path / str(rank), r=rank, rank_pattern=pattern)
         asked = VLLMOptions(contract_models.base, (("a", folder),))
         assert engine_arguments(asked, KNOWN, on_cpu=True)["max_lora_rank"] == expected
-    for rank in (513, 0, "16", None):
-        folder = adapter_copy(contract_models, tmp_path / f"bad{rank}", r=rank)
+    for wrong in (513, 0, "16", None):
+        folder = adapter_copy(contract_models, tmp_path / f"bad{wrong}", r=wrong)
         with pytest.raises(EngineStartError, match="rank"):
             engine_arguments(VLLMOptions(contract_models.base, (("a", folder),)), KNOWN, on_cpu=True)
 
@@ -297,7 +297,7 @@ def test_a_killed_engine_ends_its_streams_and_says_that_it_died(subject: Subject
         with pytest.raises(GenerationError, match="died"):
             while True:
                 await anext(stream)
-        reason = await engine.wait_dead()
+        reason = str(await engine.wait_dead())
         with pytest.raises(GenerationError):
             await subject.collect(replace(ask, max_tokens=1))
         await until(lambda: engine.load().running == 0 and engine.load().waiting == 0)

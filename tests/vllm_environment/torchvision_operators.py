@@ -8,10 +8,11 @@ file imports this module at the start of every Python of that environment; torch
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 OPERATORS = (
     "nms", "qnms", "roi_align", "qroi_align", "_roi_align_backward", "ps_roi_align", "_ps_roi_align_backward",
@@ -32,7 +33,8 @@ class BeforeTorchvision(MetaPathFinder):
             sys.meta_path.remove(self)
             import torch
 
-            library = torch.library.Library("torchvision", "DEF")
+            make: Callable[[str, str], Any] = torch.library.Library  # torch leaves it untyped
+            library = make("torchvision", "DEF")
             for name in OPERATORS:
                 library.define(f"{name}(Tensor input) -> Tensor")
             _kept.append(library)

@@ -149,7 +149,7 @@ class VLLMEngine:
             raise GenerationError("the engine is not started, or is shutting down")
         if adapter is not None and adapter not in self._loras:
             raise GenerationError(f"the engine has no adapter {adapter!r}; it has {', '.join(self._loras) or 'none'}")
-        return self._llm, self._loras.get(adapter)
+        return self._llm, None if adapter is None else self._loras[adapter]
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Delta]:
         """Stream one generation."""
