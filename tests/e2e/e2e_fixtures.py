@@ -19,7 +19,7 @@ from vlm2vla_client.recorder import RecordedEpisode
 
 HERE = Path(__file__).parent
 MODEL = HERE.parents[1] / "models" / "twin"
-START_LIMIT_S = 120.0
+START_LIMIT_S = 150.0
 
 
 class ServerProcess:

@@ -217,7 +217,8 @@ def test_a_policy_that_obeys_the_card_moves_the_arm_nowhere_unsafe(
     assert monitor.wrong == []
     # It did try, and what could be done was done: the filter clips, it does not just refuse everything.
     assert len(monitor.commands) > 5 and policy.obeyed > 1
-    assert result.exit_code in (0, 3, 5), result.message
+    # 4: on a machine so busy that the watch's thread did not run for a second, the arm is held; also safe.
+    assert result.exit_code in (0, 3, 4, 5), result.message
     decisions = read_episode(tmp_path / "episode").of("decision")
     assert {event["verdict"] for event in decisions} >= {"clip"}
 
