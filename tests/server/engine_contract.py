@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from tiny_models import write_adapter
 
 from vlm2vla_server.engines.base import Delta, Engine, GenerationRequest
-from vlm2vla_training.servable import write_servable_names
 
 T = TypeVar("T")
 TWIN = Path(__file__).resolve().parents[2] / "models" / "twin"
-START_LIMIT_S = 900.0
+START_LIMIT_S = 1800.0
 LIMIT_S = 240.0
 
 
@@ -37,6 +35,10 @@ class Models:
 
 def write_models(folder: Path) -> Models:
     """The twin's base, with the tensor names that every engine loads, and its adapters."""
+    from tiny_models import write_adapter  # here: conftest.py imports this module for every test of the folder
+
+    from vlm2vla_training.servable import write_servable_names
+
     base = Path(shutil.copytree(TWIN / "base", folder / "base"))
     write_servable_names(base)
     one, two = write_adapter(base, folder / "one", 1), write_adapter(base, folder / "two", 2)

@@ -15,7 +15,7 @@ from vlm2vla_schema import grammar, parsing, prompts
 from vlm2vla_server.engines.base import GenerationRequest, PromptTooLong, ScoreRequest
 from vlm2vla_server.errors import ServerError
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = pytest.mark.timeout(3600)
 
 IMAGE_SIZE = 112
 IMAGE = np.random.default_rng(1).integers(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)

@@ -30,7 +30,7 @@ from vlm2vla_server.engines.base import EngineStartError, GenerationError, Gener
 from vlm2vla_server.engines.vllm_cpu import cut_at_images, pieces
 from vlm2vla_server.engines.vllm_options import VLLMOptions, engine_arguments, option_value
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = pytest.mark.timeout(3600)
 on_vllm = pytest.mark.parametrize("subject", [pytest.param("vllm", marks=pytest.mark.vllm)], indirect=True)
 
 KNOWN = (
