@@ -8,7 +8,6 @@ this data. The command line is in :mod:`vlm2vla_training.pretrain_command`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ from vlm2vla_training.cpu_attention import CPU_ATTENTION
 from vlm2vla_training.errors import DataError
 from vlm2vla_training.pretrain_data import IMAGE_SIZE
 from vlm2vla_training.pretrain_settings import Settings
+from vlm2vla_training.servable import weights_hash, write_servable_names
 from vlm2vla_training.twin_tokenizer import CHAT_TEMPLATE, train_tokenizer
 from vlm2vla_twin.scene import CARDS, KINDS
 from vlm2vla_twin.truth import Truth
@@ -152,7 +152,8 @@ def save_base(
     model.to(torch.bfloat16).save_pretrained(folder)
     model.to(dtype)
     build_processor(tokenizer).save_pretrained(folder)
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    write_servable_names(folder)
+    digest = weights_hash(folder)
     ModelCard(
         name="twin-base",
         base_model="twin-base",

@@ -214,7 +214,8 @@ def build_trainer(
         callbacks=[JsonlLog(args.out / LOG_FILE)],
     )
     if args.compile:
-        for layer in trainer.model.get_submodule("model.language_model.layers" if args.full_finetune else "base_model.model.model.language_model.layers"):
+        whole = trainer.model if args.full_finetune else trainer.model.get_base_model()
+        for layer in whole.model.language_model.layers:
             layer.compile(dynamic=True)
     trainer.remove_callback(PrinterCallback)  # JsonlLog says the same in one line
     adapted = sum(name.endswith(".lora_A") for name, _ in trainer.model.named_modules())
