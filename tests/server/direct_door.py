@@ -37,7 +37,7 @@ from vlm2vla_server.engines.base import Delta, Engine, GenerationRequest
 from vlm2vla_server.settings import Settings
 from vlm2vla_server.stages import actions_stage
 
-START_LIMIT_S = 120.0
+START_LIMIT_S = 150.0
 FOUR_ROWS = (
     "[[0.012, -0.034, 0.0, 1.0], [0.041, 0.0, -0.025, 1.0], [0.0, 0.018, -0.048, 1.0], [0.0, 0.0, -0.007, 0.0]]"
 )
