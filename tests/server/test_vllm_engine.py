@@ -28,6 +28,7 @@ from vlm2vla_server.adapter_proof import PROOF_PROMPTS, proof_image
 from vlm2vla_server.engines.adapters import inspect_adapter
 from vlm2vla_server.engines.base import EngineStartError, GenerationError, GenerationRequest, ScoreRequest
 from vlm2vla_server.engines.vllm_cpu import cut_at_images, pieces
+from vlm2vla_server.engines.vllm_engine import TOO_LONG
 from vlm2vla_server.engines.vllm_options import VLLMOptions, engine_arguments, option_value
 
 pytestmark = pytest.mark.timeout(3600)
@@ -106,6 +107,18 @@ def test_adapters_are_compared_with_the_model_without_its_weights(contract_model
     (renamed / "adapter_model.safetensors").unlink()
     with pytest.raises(EngineStartError, match="cannot read"):
         inspect_adapter(base, "twin", "a0", renamed)
+
+
+@pytest.mark.parametrize(
+    ("words", "too_long"),
+    [
+        ("This model's maximum context length is 4096 tokens. However, your prompt contains 6010 input tokens", True),
+        ("The decoder prompt (length 4100) is longer than the maximum model length of 4096.", True),
+        ("Grammar error: rule nowhere is not defined", False),
+    ],
+)
+def test_both_of_vllms_refusals_of_a_long_prompt_are_known(words: str, too_long: bool) -> None:
+    assert bool(TOO_LONG.search(words)) is too_long
 
 
 @st.composite

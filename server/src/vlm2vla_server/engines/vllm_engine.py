@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -53,6 +54,8 @@ ENVIRONMENT = {
 """What vLLM reads from its environment, unless the operator has set it."""
 
 DEATH_POLL_S = 0.1
+TOO_LONG = re.compile(r"maximum (context|model) length")
+"""In vLLM's two refusals of a long prompt: of the text alone, and once the images' tokens are in it."""
 
 
 class VLLMEngine:
@@ -299,7 +302,7 @@ def _translated(problem: Exception) -> ServerError:
         return problem
     if isinstance(problem, EngineDeadError):
         return GenerationError("vLLM's engine process has died; the server must be started anew")
-    if "longer than the maximum model length" in str(problem):
+    if TOO_LONG.search(str(problem)):
         return PromptTooLong("images and text do not fit this model's context; /info says how many tokens it holds")
     return GenerationError("the model failed while generating; see the server's log")
 
