@@ -351,7 +351,8 @@ class Batcher:
                 continue
             two = row >= self._settings.batch - doubles
             picks = [int(i) for i in rng.integers(len(self._stills.truths), size=2 if two else 1)]
-            pairs = pretrain_data.conversation(self._stills.truths[picks[-1]], rng, self._settings.turns)
+            truth, *earlier = (self._stills.truths[pick] for pick in reversed(picks))
+            pairs = pretrain_data.conversation(truth, rng, self._settings.turns, *earlier)
             chosen += picks
             rows.append(self.chat(len(picks), pairs))
         width = max(len(chat.ids) for chat in rows)

@@ -21,7 +21,7 @@ from vlm2vla_schema.directions import direction_words, join_words
 from vlm2vla_twin.camera import Camera
 from vlm2vla_twin.physics import UnreachableError, World
 from vlm2vla_twin.scene import CARDS, FINGER_OPEN_M, KINDS, CardSpec, ObjectSpec, SceneSpec, resting, vary
-from vlm2vla_twin.truth import Truth, observe
+from vlm2vla_twin.truth import ALIGNED_M, HOVER_RANGE_M, LIFTED_M, Truth, observe
 
 IMAGE_SIZE = 112
 HOVER_M = 0.07
@@ -256,6 +256,38 @@ def q_held(truth: Truth, rng: np.random.Generator) -> Pair | None:
     return "What is the gripper holding?", "nothing" if truth.held is None else f"the {NAMES[truth.held][0]}"
 
 
+def q_state(truth: Truth, rng: np.random.Generator) -> Pair | None:
+    """Yes or no: is the gripper right above a thing, is a thing in the gripper, is it lifted?"""
+    gripper = np.asarray(truth.gripper_m)
+    aside = {name: float(np.hypot(*(np.asarray(place[:2]) - gripper[:2]))) for name, place in truth.objects.items()}
+    near = [name for name, distance in aside.items() if distance < 0.05]
+    name = str(rng.choice(near if near and rng.random() < 0.8 else list(aside)))
+    called, kind = _thing(name, rng), rng.random()
+    if kind < 0.6:
+        right = aside[name] <= ALIGNED_M and HOVER_RANGE_M[0] <= gripper[2] <= HOVER_RANGE_M[1]
+        return f"Is the gripper right above the {called}?", "yes" if right else "no"
+    if kind < 0.8:
+        return f"Is the {called} in the gripper?", "yes" if truth.held == name else "no"
+    lifted = truth.held == name and truth.objects[name][2] >= KINDS[name].rest_z_m + LIFTED_M
+    return f"Is the {called} lifted?", "yes" if lifted else "no"
+
+
+def q_change(before: Truth, after: Truth, rng: np.random.Generator) -> Pair:
+    """Yes or no about two pictures: which way the gripper moved, whether something was taken or let go."""
+    moved = np.asarray(after.gripper_m) - np.asarray(before.gripper_m)
+    if rng.random() < 0.6:
+        axis = int(rng.integers(3))
+        positive, negative = WORDS[axis]
+        forth = bool(rng.random() < 0.5)
+        answer = moved[axis] > 0.0 if forth else moved[axis] < 0.0
+        return f"Did the gripper move {positive if forth else negative}?", "yes" if answer else "no"
+    if rng.random() < 0.5:
+        taken = before.held is None and after.held is not None
+        return "Did the gripper take something?", "yes" if taken else "no"
+    let_go = before.held is not None and after.held is None
+    return "Did the gripper let something go?", "yes" if let_go else "no"
+
+
 def q_there(truth: Truth, rng: np.random.Generator) -> Pair | None:
     """Whether a thing of any kind is in the picture at all."""
     name = str(rng.choice([*KINDS, *CARDS]))
@@ -325,11 +357,12 @@ QUESTIONS: tuple[tuple[Callable[[Truth, np.random.Generator], Pair | None], floa
     (q_where, 1.0),
     (q_gripper, 1.2),
     (q_held, 0.8),
+    (q_state, 2.5),
     (q_there, 0.5),
     (q_list, 0.5),
     (q_compare, 0.6),
     (q_colour, 0.2),
-    (q_translate, 0.25),
+    (q_translate, 0.6),
     (q_card, 1.2),
 )
 """How often each kind is asked, relative to the others."""
@@ -359,14 +392,21 @@ def user_text(rng: np.random.Generator) -> str:
     return prompts.completion_prompt(subtask) if rng.random() < 0.5 else prompts.direction_prompt(subtask)
 
 
-def conversation(truth: Truth, rng: np.random.Generator, turns: int = 7) -> list[Pair]:
+def conversation(
+    truth: Truth, rng: np.random.Generator, turns: int = 7, before: Truth | None = None
+) -> list[Pair]:
     """``turns`` questions about one picture with their answers, in random order and of random kinds.
+
+    With ``before``, an earlier picture, half of them are about what has changed since.
 
     Kinds may repeat (about other things); none has a fixed place, so that no answer can lean on an earlier one.
     """
     weights = np.array([weight for _, weight in QUESTIONS])
     pairs: list[Pair] = []
     while len(pairs) < turns:
+        if before is not None and rng.random() < 0.5:
+            pairs.append(q_change(before, truth, rng))
+            continue
         make = QUESTIONS[int(rng.choice(len(QUESTIONS), p=weights / weights.sum()))][0]
         pair = make(truth, rng)
         if pair is not None:

@@ -25,7 +25,7 @@ class Settings:
     tower_share: float = 0.3
     warmup: int = 100
     weight_decay: float = 0.02
-    double_rows: int = 1
+    double_rows: int = 3
     text_rows: int = 1
     dense_weight: float = 1.0
     seed: int = 0
