@@ -68,7 +68,8 @@ class RecitingEngine:
         await asyncio.sleep(0)
 
     async def wait_dead(self) -> str:
-        return await asyncio.get_running_loop().create_future()
+        await asyncio.Event().wait()
+        return ""
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Delta]:
         text = self._reciter(request)

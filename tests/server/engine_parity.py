@@ -72,7 +72,7 @@ async def greedy_texts(engine: Engine, requests: Sequence[GenerationRequest]) ->
 
 def gap_nat(model: HFModel, request: GenerationRequest, other: str) -> float:
     """Decode greedily until the text leaves `other`: how much likelier the chosen token is than the next allowed."""
-    prompt = model.encode(request.images, request.prompt)
+    prompt = model.encode(request.images, request.conversation)
     assert request.grammar is not None
     constraint = GrammarCache(model.tokenizer, model.logit_width, model.stop_ids).constraint(request.grammar)
     text, said = Detokenizer(model.tokenizer, model.control_ids), ""

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from server_fakes import until
 
 from vlm2vla_schema import prompts
+from vlm2vla_schema.probes import PROBE_PROMPTS, probe_image
 from vlm2vla_schema.types import ModelCard
-from vlm2vla_server.adapter_proof import PROOF_PROMPTS, proof_image
 from vlm2vla_server.engines.adapters import inspect_adapter
 from vlm2vla_server.engines.base import EngineStartError, GenerationError, GenerationRequest, ScoreRequest
 from vlm2vla_server.engines.vllm_cpu import cut_at_images, pieces
@@ -199,8 +199,8 @@ def reference(contract_models: Models) -> Iterator[Subject]:
 
 def proof_scores(subject: Subject, adapter: str | None, completion: str) -> np.ndarray[Any, np.dtype[np.float64]]:
     found = [
-        subject.run(subject.engine.score(ScoreRequest((proof_image(i, 112),), prompt, completion, adapter)))
-        for i, prompt in enumerate(PROOF_PROMPTS)
+        subject.run(subject.engine.score(ScoreRequest((probe_image(i, 112),), prompt, completion, adapter)))
+        for i, prompt in enumerate(PROBE_PROMPTS)
     ]
     return np.asarray(found)
 
@@ -218,7 +218,7 @@ def test_the_adapter_is_truly_active(subject: Subject, reference: Subject, adapt
 
 @on_vllm
 def test_two_images_and_none_score_as_in_transformers(subject: Subject, reference: Subject) -> None:
-    pictures = (proof_image(0, 112), proof_image(1, 112))
+    pictures = (probe_image(0, 112), probe_image(1, 112))
     for images in ((), pictures[:1], pictures):
         ask = ScoreRequest(images, prompts.verify_prompt("Grasp Carrot", None), '{"success": true', "twin")
         ours, theirs = (engine.run(engine.engine.score(ask)) for engine in (subject, reference))
@@ -227,7 +227,7 @@ def test_two_images_and_none_score_as_in_transformers(subject: Subject, referenc
 
 @on_vllm
 def test_prompts_are_the_same_tokens(subject: Subject, reference: Subject) -> None:
-    pictures = (proof_image(0, 112), proof_image(1, 112))
+    pictures = (probe_image(0, 112), probe_image(1, 112))
     for images in ((), pictures[:1], pictures):
         ask = GenerationRequest(images, "\n What is it?\n\n", None, 0.0, 1.0, 0, 1)
         lengths = [engine.run(engine.collect(ask))[1][-1].prompt_tokens for engine in (subject, reference)]

@@ -235,13 +235,15 @@ async def _generate(request: GenerationRequest, stops: StopText, call: Call, mod
                 if stops.hit:
                     break
     finally:
-        call.service.metrics.count_tokens("chat", last)
+        call.service.metrics.count_tokens("chat", model.name, last)
     await give(stops.flush())
     return ChatResult(
         model=model.name,
         text="".join(pieces),
         finish_reason="stop" if stops.hit else last.finish_reason or "stop",
-        **_tokens(last),
+        prompt_tokens=last.prompt_tokens,
+        completion_tokens=last.completion_tokens,
+        cached_tokens=last.cached_tokens,
     )
 
 

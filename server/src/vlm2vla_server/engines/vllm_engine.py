@@ -35,6 +35,7 @@ from vlm2vla_server.engines.base import (
     EngineStartError,
     GenerationError,
     GenerationRequest,
+    GrammarRefused,
     PromptTooLong,
     ScoreRequest,
 )
@@ -304,6 +305,8 @@ def _translated(problem: Exception) -> ServerError:
         return GenerationError("vLLM's engine process has died; the server must be started anew")
     if TOO_LONG.search(str(problem)):
         return PromptTooLong("images and text do not fit this model's context; /info says how many tokens it holds")
+    if isinstance(problem, ValueError) and "grammar" in str(problem).lower():
+        return GrammarRefused("the grammar is not EBNF that xgrammar reads, with a rule 'root'")
     return GenerationError("the model failed while generating; see the server's log")
 
 
