@@ -12,7 +12,7 @@ from engine_contract import Subject, first
 from server_fakes import until
 
 from vlm2vla_schema import grammar, parsing, prompts
-from vlm2vla_server.engines.base import GenerationRequest, PromptTooLong, ScoreRequest
+from vlm2vla_server.engines.base import GenerationRequest, GrammarRefused, PromptTooLong, ScoreRequest
 from vlm2vla_server.errors import ServerError
 
 pytestmark = pytest.mark.timeout(3600)
@@ -104,20 +104,26 @@ def test_deltas_come_one_by_one_and_join_to_the_text(subject: Subject) -> None:
     assert deltas[-1].finish_reason == "length" and deltas[-1].completion_tokens == 20
     assert len(deltas) >= 10 and sum(len(delta.text) > 0 for delta in deltas) >= 10
     assert text.isascii() and text.isalpha() and text == subject.text(replace(ENDLESS, max_tokens=20, temperature=0.0))
-    assert all(delta.prompt_tokens > 64 and delta.queue_ms >= 0 for delta in deltas)
+    assert all(delta.prompt_tokens > 20 and delta.queue_ms >= 0 for delta in deltas)
 
 
 def test_the_image_is_read_once_for_plan_and_rows(subject: Subject) -> None:
+    # Two pictures: with their marks they fill one block of vLLM's prefix cache, 32 tokens; one of the twin's does not.
     picture = np.random.default_rng(77).integers(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     plan = replace(
-        ASK, images=(picture,), prompt=prompts.motion_plan_prompt("Move"), adapter="twin", temperature=0.0, max_tokens=4
+        ASK,
+        images=(picture, picture[:, ::-1].copy()),
+        prompt=prompts.motion_plan_prompt("Move"),
+        adapter="twin",
+        temperature=0.0,
+        max_tokens=4,
     )
     rows = replace(plan, prompt=ACTIONS)
     fresh = subject.run(subject.collect(plan))[1][-1].cached_tokens
     text, deltas = subject.run(subject.collect(rows))
     assert fresh == 0 and deltas[-1].cached_tokens >= 32
     assert subject.text(rows) == text
-    for changed in (replace(rows, adapter="one"), replace(rows, images=(picture[::-1].copy(),), prompt=ACTIONS)):
+    for changed in (replace(rows, adapter="one"), replace(rows, images=(picture[::-1].copy(), picture))):
         assert subject.run(subject.collect(changed))[1][-1].cached_tokens == 0
 
 
@@ -173,6 +179,6 @@ def test_an_unknown_adapter_is_an_error(subject: Subject) -> None:
 def test_what_does_not_fit_is_refused_and_the_engine_lives_on(subject: Subject) -> None:
     with pytest.raises(PromptTooLong):
         subject.text(replace(ASK, prompt="\x01" * 6000))
-    with pytest.raises(ServerError):
+    with pytest.raises(GrammarRefused):
         subject.text(replace(ASK, grammar="root ::= nowhere\n"))
     assert subject.run(subject.collect(replace(ASK, max_tokens=2)))[1][-1].finish_reason in ("length", "stop")

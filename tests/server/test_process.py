@@ -149,10 +149,10 @@ def test_a_caller_that_sends_one_byte_a_second_is_given_up(tmp_path: Path) -> No
         began_s = time.monotonic()
         slow.settimeout(1.0)
         answer = b""
-        while not answer and time.monotonic() - began_s < 20:
-            slow.sendall(b"x")
-            with contextlib.suppress(TimeoutError):
-                answer = slow.recv(65536)
+        while b"}" not in answer and time.monotonic() - began_s < 20:
+            with contextlib.suppress(OSError):
+                slow.sendall(b"x")
+                answer += slow.recv(65536)
             assert httpx.get(f"{server.url}/readyz", timeout=10).status_code == 200
         assert answer.startswith(b"HTTP/1.1 504") and b"deadline_exceeded" in answer
         slow.close()

@@ -15,7 +15,7 @@ from vlm2vla_training import pretrain_data
 from vlm2vla_training.pretrain_data import COLOURS, HOVER_M, NAMES, conversation, random_scene, user_text
 from vlm2vla_training.twin_tokenizer import prompt_texts
 from vlm2vla_twin.scene import CARDS, KINDS
-from vlm2vla_twin.truth import Truth
+from vlm2vla_twin.truth import ALIGNED_M, HOVER_RANGE_M, LIFTED_M, Truth
 
 THING = {name.lower(): thing for thing, names in NAMES.items() for name in names} | {f"{c} card": c for c in CARDS}
 SIGNED = {word: (axis, sign) for axis, pair in enumerate(AXES) for word, sign in zip(pair, (1, -1), strict=True)}
@@ -29,11 +29,12 @@ def random_truth(rng: np.random.Generator) -> Truth:
     objects = [str(name) for name in rng.choice(list(KINDS), int(rng.integers(1, 7)), replace=False)]
     cards = [str(name) for name in rng.choice(CARDS, int(rng.integers(0, 3)), replace=False)]
     held = next((name for name in objects if KINDS[name].graspable and rng.random() < 0.3), None)
+    gripper = spot(float(rng.uniform(0.01, 0.22)))
     return Truth(
-        spot(float(rng.uniform(0.01, 0.22))),
+        gripper,
         float(rng.uniform(0.0, 1.0)),
         held,
-        {name: spot(KINDS[name].rest_z_m) for name in objects},
+        {name: gripper if name == held else spot(KINDS[name].rest_z_m) for name in objects},
         {name: spot(0.0) for name in cards},
         {},
     )
@@ -104,6 +105,38 @@ def check_words(truth: Truth, question: str, answer: str) -> str | None:
     return None
 
 
+def check_state(truth: Truth, question: str, answer: str) -> str | None:
+    if match := re.fullmatch(r"Is the gripper right above the (.+)\?", question):
+        dx, dy, _ = truth.offset(thing(match[1]))
+        low, high = HOVER_RANGE_M
+        assert answer == ("yes" if np.hypot(dx, dy) <= ALIGNED_M and low <= truth.gripper_m[2] <= high else "no")
+        return "right above"
+    if match := re.fullmatch(r"Is the (.+) in the gripper\?", question):
+        assert answer == ("yes" if truth.held == thing(match[1]) else "no")
+        return "in the gripper"
+    if match := re.fullmatch(r"Is the (.+) lifted\?", question):
+        name = thing(match[1])
+        high_m = truth.position(name)[2] - KINDS[name].rest_z_m
+        assert answer == ("yes" if truth.held == name and high_m >= LIFTED_M else "no")
+        return "lifted"
+    return None
+
+
+def check_change(before: Truth, after: Truth, question: str, answer: str) -> str | None:
+    if match := re.fullmatch(r"Did the gripper move (\w+)\?", question):
+        axis, sign = SIGNED[match[1]]
+        moved = sign * (after.gripper_m[axis] - before.gripper_m[axis])
+        assert answer == ("yes" if moved > 0 else "no")
+        return "moved"
+    if question == "Did the gripper take something?":
+        assert answer == ("yes" if before.held is None and after.held is not None else "no")
+        return "took"
+    if question == "Did the gripper let something go?":
+        assert answer == ("yes" if before.held is not None and after.held is None else "no")
+        return "let go"
+    return None
+
+
 def check_relations(truth: Truth, question: str, answer: str) -> str | None:
     if match := re.fullmatch(r"Is the (.+) (left of|further forward than) the (.+)\?", question):
         axis = 1 if match[2] == "left of" else 0
@@ -133,17 +166,32 @@ def check_relations(truth: Truth, question: str, answer: str) -> str | None:
     return None
 
 
+CHECKS = (check_numbers, check_words, check_state, check_relations)
+
+
 def test_every_answer_is_true_and_every_kind_is_asked() -> None:
     rng = np.random.default_rng(5)
     asked: Counter[str] = Counter()
     for _ in range(300):
         truth = random_truth(rng)
         for question, answer in conversation(truth, rng, turns=8):
-            found = [check(truth, question, answer) for check in (check_numbers, check_words, check_relations)]
+            found = [check(truth, question, answer) for check in CHECKS]
             kinds = [kind for kind in found if kind is not None]
             assert len(kinds) == 1, f"{len(kinds)} checks know the question {question!r}"
             asked[kinds[0]] += 1
-    assert len(asked) == 20 and min(asked.values()) >= 3, asked
+    assert len(asked) == 23 and min(asked.values()) >= 3, asked
+
+
+def test_half_of_the_questions_about_two_pictures_are_about_what_changed() -> None:
+    rng = np.random.default_rng(6)
+    asked: Counter[str] = Counter()
+    for _ in range(100):
+        before, after = random_truth(rng), random_truth(rng)
+        for question, answer in conversation(after, rng, 6, before):
+            found = check_change(before, after, question, answer)
+            asked[found or "the later picture"] += 1
+            assert found is not None or any(check(after, question, answer) for check in CHECKS), question
+    assert 200 < asked["the later picture"] < 400 and min(asked.values()) >= 20 and len(asked) == 4, asked
 
 
 def test_a_conversation_repeats_from_its_generator_and_has_its_length() -> None:
