@@ -172,7 +172,7 @@ CHECKS = (check_numbers, check_words, check_state, check_relations)
 def test_every_answer_is_true_and_every_kind_is_asked() -> None:
     rng = np.random.default_rng(5)
     asked: Counter[str] = Counter()
-    for _ in range(300):
+    for _ in range(900):
         truth = random_truth(rng)
         for question, answer in conversation(truth, rng, turns=8):
             found = [check(truth, question, answer) for check in CHECKS]
