@@ -318,6 +318,21 @@ def test_the_tower_learns_alone_first_and_gently_after(tmp_path: Path) -> None:
     assert rates[1]["speaking"] == settings.learning_rate
 
 
+def test_tokens_that_were_never_an_answer_can_be_told_apart(tokenizer: Any) -> None:
+    model = pretrain.build_model(tokenizer, 0)
+    weights = model.get_input_embeddings().weight
+    said = torch.zeros(len(weights), dtype=torch.bool)
+    said[:100] = True
+    with torch.no_grad():
+        weights[100:] = 3.0 * weights[100] / weights[100].norm() + 0.01 * weights[100:]
+    kept = weights[:100].detach().clone()
+    pretrain.spread_unsaid(model, said, 5)
+    assert torch.equal(weights[:100], kept)
+    spread = torch.nn.functional.normalize(weights[100:].detach(), dim=1)
+    alike = (spread @ spread.T).fill_diagonal_(0.0)
+    assert float(alike.max()) < 0.8 and 0.3 < float(alike.mean()) < 0.5, "a common part, and one of their own"
+
+
 def test_attention_in_float32_is_attention(tokenizer: Any) -> None:
     model = pretrain.build_model(tokenizer, 0).eval()
     batch = Batcher(stills(), tokenizer, Settings(batch=2, text_rows=0, double_rows=0)).batch(0)

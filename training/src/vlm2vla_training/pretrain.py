@@ -471,6 +471,7 @@ def train(stills: Stills, held_out: Stills, out: Path, settings: Settings) -> di
                 print(line, flush=True)
             if step % 250 == 249 or step == total - 1:
                 run.save(step + 1)
+    spread_unsaid(run.model, run.said, settings.seed)
     metrics = offset_errors(run.model, run.tokenizer, held_out, most=400)
     save_base(run.model, run.tokenizer, out / "base", {**asdict(settings), "stills": len(stills.truths)}, metrics)
     return metrics
@@ -514,13 +515,13 @@ class Run:
                 layer.compile(dynamic=False)
             for layer in self.model.model.language_model.layers:
                 layer.compile(dynamic=True)
-        self.start = 0
+        self.start, self.said = 0, torch.zeros(self.model.config.text_config.vocab_size, dtype=torch.bool)
         if self.state.exists():
             saved = torch.load(self.state, weights_only=True)
             self.model.load_state_dict(saved["model"])
             self.heads.load_state_dict(saved["heads"])
             self.optimizer.load_state_dict(saved["optimizer"])
-            self.start = int(saved["step"])
+            self.start, self.said = int(saved["step"]), saved["said"]
 
     def set_learning_rates(self, step: int) -> None:
         """Warm-up and cosine, once for the tower alone and once for everything; the tower is then changed gently."""
@@ -551,6 +552,7 @@ class Run:
         self._states.clear()
         seen, positions = independent_turns(batch)
         told = batch.labels[:, 1:] != -100
+        self.said[batch.labels[:, 1:][told]] = True
         with torch.autocast("cpu", dtype=torch.bfloat16):
             output = self.model.model(
                 input_ids=batch.input_ids, attention_mask={"full_attention": seen, "sliding_attention": seen},
@@ -586,9 +588,32 @@ class Run:
             "heads": self.heads.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": step,
+            "said": self.said,
         }
         torch.save(state, part)
         part.replace(self.state)
+
+
+@torch.no_grad()
+def spread_unsaid(model: Gemma3ForConditionalGeneration, said: Tensor, seed: int) -> None:
+    """Give the tokens that never stood in an answer (``said`` [vocabulary] is False) directions of their own again.
+
+    The loss only ever pushes them down, all the same way, until no two can be told apart (cosine 0.99). Embeddings are
+    tied, and an adapter does not change them: it could then say none of these words clearly, such as a verdict's true
+    and false. What is left of the common direction keeps the base from saying them.
+    """
+    weights = model.get_input_embeddings().weight
+    unsaid = ~said
+    if not bool(unsaid.any()):
+        return
+    normalize = nn.functional.normalize
+    common = normalize(weights[unsaid].mean(dim=0), dim=0)
+    own = torch.randn(int(unsaid.sum()), weights.shape[1], generator=torch.Generator().manual_seed(seed))
+    weights[unsaid] = (common + UNSAID_NORM * normalize(own, dim=1)).to(weights.dtype)
+
+
+UNSAID_NORM = 1.2
+"""Of their own part; the embeddings of words that are said have about as much."""
 
 
 def _number(value: Tensor) -> float:
