@@ -11,7 +11,6 @@ import torch
 import transformers
 
 from vlm2vla_schema.types import ModelCard
-from vlm2vla_training.export import measure_references
 from vlm2vla_training.pretrain import write_random_base
 
 LANGUAGE_LINEARS = r"^model\.language_model\..*\.(q|k|v|o|up|down|gate)_proj$"
@@ -39,6 +38,8 @@ def write_adapter(base: Path, folder: Path, seed: int, *, active: bool = True, *
 
 def write_proven_adapter(base: Path, folder: Path, seed: int, **card: Any) -> Path:
     """An active adapter whose card is complete, as `export` leaves it: hash, module count and references."""
+    from vlm2vla_training.export import measure_references  # here: .venv-vllm lacks what it imports
+
     write_adapter(base, folder, seed, **card)
     linears = 7 * int(json.loads((base / "config.json").read_text())["text_config"]["num_hidden_layers"])
     facts: dict[str, Any] = {"base_hash": ModelCard.read(base).base_hash, "adapted_modules": linears}
