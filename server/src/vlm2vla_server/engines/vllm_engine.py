@@ -305,7 +305,7 @@ def _translated(problem: Exception) -> ServerError:
         return GenerationError("vLLM's engine process has died; the server must be started anew")
     if TOO_LONG.search(str(problem)):
         return PromptTooLong("images and text do not fit this model's context; /info says how many tokens it holds")
-    if isinstance(problem, ValueError) and "grammar" in str(problem).lower():
+    if "grammar specification" in str(problem):
         return GrammarRefused("the grammar is not EBNF that xgrammar reads, with a rule 'root'")
     return GenerationError("the model failed while generating; see the server's log")
 
