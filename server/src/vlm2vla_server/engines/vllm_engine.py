@@ -70,6 +70,7 @@ class VLLMEngine:
         self._model_hash = ""
         self._running: dict[str, bool] = {}  # request id -> whether its first token is there
         self._decoded_tokens = 0
+        self._apart = _Apart()
         self._closed = False
 
     async def start(self) -> None:
@@ -111,7 +112,7 @@ class VLLMEngine:
         from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        self._on_cpu = bool(current_platform.is_cpu())
+        self._on_cpu = self._apart.active = bool(current_platform.is_cpu())
         self._device = "cpu" if self._on_cpu else str(current_platform.get_device_name())
         known = [field.name for field in fields(AsyncEngineArgs)]
         arguments = engine_arguments(self._options, known, on_cpu=self._on_cpu)
@@ -164,6 +165,11 @@ class VLLMEngine:
         text, count, prompt_tokens = Detokenizer(self._tokenizer, self._control_ids), 0, 0
         request_id = uuid.uuid4().hex
         self._running[request_id] = False
+        try:
+            await self._apart.enter(lora is None)
+        except BaseException:
+            self._running.pop(request_id, None)
+            raise
         outputs = llm.generate(prompt, self._sampling(request), request_id, lora_request=lora)
         try:
             async for output in outputs:
@@ -187,6 +193,7 @@ class VLLMEngine:
             raise _translated(problem) from problem
         finally:
             self._running.pop(request_id, None)
+            self._apart.leave()
             await outputs.aclose()  # aborts what still runs
 
     async def score(self, request: ScoreRequest) -> list[float]:
@@ -202,11 +209,14 @@ class VLLMEngine:
             max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
         )
         rows: Sequence[Mapping[int, Any]] = ()
+        await self._apart.enter(lora is None)
         try:
             async for output in llm.generate(prompt, sampling, uuid.uuid4().hex, lora_request=lora):
                 rows = output.prompt_logprobs[-len(completion) :]
         except Exception as problem:
             raise _translated(problem) from problem
+        finally:
+            self._apart.leave()
         if len(rows) != len(completion):
             raise GenerationError("vLLM gave no log-probabilities; the engine may be shutting down")
         return [float(row[token].logprob) for row, token in zip(rows, completion, strict=True)]
@@ -273,6 +283,34 @@ class VLLMEngine:
     def control_tokens(self) -> frozenset[str]:
         """Texts of the tokenizer's control tokens."""
         return self._control_texts
+
+
+class _Apart:
+    """Keeps generations of the base out of batches with adapters, and the other way round; on CPUs only.
+
+    vLLM 0.32's CPU kernels count "no adapter" as index -1 and so give the base the last adapter's weights when both are
+    in one batch (seen: the base answered with an adapter's text). Adapters among themselves are told apart.
+    """
+
+    def __init__(self) -> None:
+        self.active = False
+        self._base = False
+        self._inside = 0
+        self._free = asyncio.Event()
+
+    async def enter(self, base: bool) -> None:
+        """Wait until only generations of this kind run."""
+        while self.active and self._inside and self._base != base:
+            self._free.clear()
+            await self._free.wait()
+        self._base = base
+        self._inside += 1
+
+    def leave(self) -> None:
+        """After each `enter` that returned."""
+        self._inside -= 1
+        if not self._inside:
+            self._free.set()
 
 
 def _configured_stops(model: Path) -> Any:
