@@ -48,8 +48,9 @@ def run(work: Coroutine[Any, Any, T], limit_s: float = 30.0) -> T:
 
 
 def kill_thread(name: str) -> None:
-    """Raise SystemExit inside the thread of that name, wherever it is."""
-    (thread,) = [one for one in threading.enumerate() if one.name == name]
+    """Raise SystemExit inside the newest thread of that name, wherever it is."""
+    # The newest: another engine may live for the whole run (engine_contract).
+    thread = [one for one in threading.enumerate() if one.name == name][-1]
     assert thread.ident is not None
     done = ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
     assert done == 1
