@@ -88,11 +88,27 @@ def _vllm(models: Models) -> AbstractContextManager[Engine]:
     return contextlib.nullcontext(VLLMEngine(VLLMOptions(models.base, models.adapters, threads=2)))
 
 
+@contextlib.contextmanager
+def _openai(models: Models) -> Iterator[Engine]:
+    """The openai engine, with our own server as its endpoint."""
+    from live_server import live_server
+
+    from vlm2vla_server.engines.openai_engine import OpenAIEngine
+    from vlm2vla_server.engines.openai_options import EndpointOptions
+
+    adapters = [part for name, folder in models.adapters for part in ("--adapter", f"{name}={folder}")]
+    serve = ["--engine", "transformers", "--model", str(models.base), *adapters, "--allow-unproven"]
+    names = tuple((name, name) for name, _ in models.adapters)
+    with live_server(serve, models.base.with_name("endpoint.log")) as live:
+        yield OpenAIEngine(EndpointOptions(f"{live.url}/v1", adapters=names, model=models.base))
+
+
 ENGINES: dict[str, Callable[[Models], AbstractContextManager[Engine]]] = {
     "transformers": _transformers,
+    "openai": _openai,
     "vllm": _vllm,
 }
-PARAMETERS = [pytest.param("transformers"), pytest.param("vllm", marks=pytest.mark.vllm)]
+PARAMETERS = [pytest.param("transformers"), pytest.param("openai"), pytest.param("vllm", marks=pytest.mark.vllm)]
 """Names of ENGINES for pytest; vllm runs only where `-m vllm` asks for it (scripts/test, in .venv-vllm)."""
 
 

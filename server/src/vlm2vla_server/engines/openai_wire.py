@@ -21,6 +21,7 @@ from vlm2vla_server.engines.base import (
     Conversation,
     GenerationError,
     GenerationLost,
+    GrammarRefused,
     GenerationRequest,
     PromptTooLong,
     ScoreRequest,
@@ -221,6 +222,8 @@ def refusal(status: int, headers: Mapping[str, str], body: bytes) -> ServerError
     if status == 400 and ("context_length_exceeded" in text or "maximum context length" in text):
         return PromptTooLong("the images and the text do not fit the context of the endpoint's model")
     log.error("the endpoint answered %d: %s", status, text[:MAX_LOGGED_CHARS])
+    if status == 400 and ("grammar specification" in text or "grammar is not" in text):  # vLLM's words, and ours
+        return GrammarRefused("the endpoint cannot read the grammar")
     wait = headers.get("retry-after", "")
     if status in (429, 503) and wait.isdigit():
         return Overloaded("the endpoint behind this server is full", retry_after_s=min(60, max(1, int(wait[:3]))))
