@@ -104,7 +104,17 @@ def test_verify_examples_are_balanced_and_name_the_next_subtask() -> None:
     assert verdicts[True] == verdicts[False]
     versions = {example.prompt_version for example in found if example.last < found[-1].last}
     assert versions == {"d5"} and found[-1].prompt_version == "d5-last"
-    assert all(example.images[0] < example.images[1] or "false" in example.completion for example in found)
+    assert all(one.images[0] <= one.images[1] or "false" in one.completion for one in found)
+
+
+def test_a_second_try_is_judged_from_where_the_first_one_ended() -> None:
+    options = dataclasses.replace(MAIN, verify_pairs=12)
+    steps = annotated(PICK, "pick up the carrot")[1].steps
+    found = [one for one in examples(PICK, "pick up the carrot", options) if one.kind == "verify"]
+    done = [one for one in found if parse_verdict(one.completion).success]
+    befores = {one.images[0] for one in done if one.images[1] == steps[1].first}
+    assert befores > {steps[0].first}, "the step's start, and later frames"
+    assert max(befores) >= steps[1].first - 1, "up to the one that shows it done"
 
 
 def test_a_step_that_the_log_repeats_is_shown_as_a_failure_and_not_imitated() -> None:

@@ -7,7 +7,6 @@ share every character. An example that the parser would refuse is not written: i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -152,7 +151,7 @@ class _Builder:
             if "completion" in kinds:
                 self._completion(index)
             if "verify" in kinds:
-                self._verify(index, starts)
+                self._verify(index)
         return self.result
 
     # Frames
@@ -279,20 +278,23 @@ class _Builder:
             completion = prompts.COMPLETION_ANSWERS[done]
             self._add("completion", (step.first, after), prompt, completion, (step.first, step.last))
 
-    def _verify(self, index: int, starts: Sequence[int]) -> None:
+    def _verify(self, index: int) -> None:
         """D.5 pairs: success when `after` is the end of the step. Negatives: frames one to three before the end that
         still have work left (hard), and earlier frames.
+
+        The first pair's `before` is the step's start, the others' any frame up to `after`: a subtask that is tried
+        again is judged from where the last try ended, which may be done already.
         """
-        end = self._end_frame(index)
-        befores = [start for start in starts if start < end]
-        if not befores:
-            return self._drop("verify", self.steps[index].first, "no later frame shows the step done")
+        first, end = self.steps[index].first, self._end_frame(index)
+        if end == first:
+            return self._drop("verify", first, "no later frame shows the step done")
         for pair in range(self.options.verify_pairs):
-            before = befores[0] if pair == 0 else int(self.random.choice(befores))
+            before = first if pair == 0 else int(self.random.integers(first, end + 1))
             self._verdict(index, before, end, self._completed(index))
             wrong = self._wrong_after(index, end, hard=pair % 2 == 0)
             if wrong is not None:
-                self._verdict(index, befores[0], wrong, False)
+                before = first if pair == 0 or wrong <= first else int(self.random.integers(first, wrong + 1))
+                self._verdict(index, before, wrong, False)
 
     def _wrong_after(self, index: int, end: int, hard: bool) -> int | None:
         step = self.steps[index]
