@@ -47,6 +47,8 @@ def record(folder: Path, words: str, finish: bool = True) -> None:
         place = {"cycle": 1, "subtask_index": 0}
         recorder.event("request", **place, subtask=words, frame=frame)
         recorder.event("plan", **place, motion_plan=words)
+        words_of = {"from": words, "to": words}
+        recorder.event("correction", **place, subtask=words_of, motion_plan=words_of, rows=[])
         recorder.event("row", **place, index=0, row=[0.01, 0.0, -0.02, 1.0])
         recorder.event("answer", **place, answer={"raw_text": words})
         recorder.event("decision", **place, index=0, verdict="clip", reasons=["axis_over_limit"])
@@ -63,7 +65,15 @@ def record(folder: Path, words: str, finish: bool = True) -> None:
 def test_the_page_shows_words_rows_decisions_verdicts_and_the_path(tmp_path: Path) -> None:
     record(tmp_path / "e", "pick up the carrot")
     page = write_view(tmp_path / "e").read_text()
-    for expected in ("pick up the carrot", "axis_over_limit", "verified", "success, 2 of 2", "<polyline", "-0.02"):
+    for expected in (
+        "pick up the carrot",
+        "axis_over_limit",
+        "verified",
+        "success, 2 of 2",
+        "<polyline",
+        "-0.02",
+        "the operator, instead: pick up the carrot",
+    ):
         assert expected in page
     assert page.count("data:image/jpeg;base64,") == 2
     assert "prefers-color-scheme:dark" in page

@@ -133,6 +133,9 @@ def _notes(events: Sequence[Mapping[str, Any]]) -> str:
             parts.append(f'<p class="bad">{esc(event.get("where"))}: {esc(event.get("message"))}</p>')
         elif event["event"] in ("hold", "dropped"):
             parts.append(f'<p class="warn">{esc(event["event"])}: {esc(event.get("reason"))}</p>')
+        elif event["event"] == "correction":
+            words = event["motion_plan"]["to"] or event["subtask"]["to"]
+            parts.append(f'<p class="warn">the operator, instead: {esc(words)}</p>')
     return "".join(parts)
 
 
