@@ -47,6 +47,7 @@ def _add_run(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     run.add_argument("--robot", choices=ROBOTS, help="default widowx, or client.toml")
     run.add_argument("--camera", choices=CAMERAS, help="default realsense, or client.toml")
     run.add_argument("--verifier", metavar="NAMES", help=f"one of {', '.join(VERIFIERS)}, or a chain: gemini,human")
+    run.add_argument("--gemini-consent", action="store_true", help="send pictures of the bench to Google, this run")
     run.add_argument("--policy", choices=POLICIES, default="server")
     run.add_argument("--scenario", choices=("in_distribution", "out_of_distribution"), help="sampling of the subtasks")
     run.add_argument("--scene", metavar="NAME", help="twin: a suite's scene, or 'kitchen' (default: the task's)")
