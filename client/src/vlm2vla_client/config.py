@@ -110,11 +110,7 @@ def load_config(path: Path | None) -> ClientConfig:
     given = path is not None
     path = path or default_path()
     values = read_toml(path) if given or path.is_file() else {}
-    try:
-        file = ClientFile.model_validate(values)
-    except ValidationError as error:
-        raise ConfigurationError(f"{path}: {_problem(error)}") from None
-    check_limits(file.limits, str(path))
+    file = check_file(values, path)
     limits_path = path.with_name(LIMITS_FILE)
     measured = read_toml(limits_path) if limits_path.is_file() else {}
     check_limits(measured, str(limits_path))
@@ -126,6 +122,20 @@ def load_config(path: Path | None) -> ClientConfig:
         "path": path if values or given else None,
     }
     return ClientConfig.model_validate({**{name: getattr(file, name) for name in ClientFile.model_fields}, **changes})
+
+
+def check_file(values: Mapping[str, Any], path: Path) -> ClientFile:
+    """The settings of a client.toml.
+
+    Raises:
+        ConfigurationError: an unknown key or a wrong value; names ``path``, the key and what is known.
+    """
+    try:
+        file = ClientFile.model_validate(values)
+    except ValidationError as error:
+        raise ConfigurationError(f"{path}: {_problem(error)}") from None
+    check_limits(file.limits, str(path))
+    return file
 
 
 def read_toml(path: Path) -> dict[str, Any]:

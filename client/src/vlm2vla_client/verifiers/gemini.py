@@ -223,6 +223,24 @@ class GeminiVerifier:
             total=self.cost,
         )
 
+    def problem(self, timeout_s: float) -> str | None:
+        """Why Google would not answer, found by asking about the model: no picture is sent, nothing is billed."""
+        from google.genai import types
+        from google.genai.errors import APIError
+
+        options = types.HttpOptions(
+            timeout=int(1000 * timeout_s),
+            headers={"X-Server-Timeout": f"{max(timeout_s, MIN_SERVER_TIMEOUT_S):.0f}"},
+        )
+        client = self._client = self._client or self._connect()
+        try:
+            client.models.get(model=self._settings.model, config=types.GetModelConfig(http_options=options))
+        except APIError as error:
+            return self._refused(error).message
+        except Exception as error:  # two HTTP libraries and Google's credentials raise nearly anything
+            return self._clean(f"no answer from Google: {type(error).__name__}: {error}")
+        return None
+
     def close(self) -> None:
         """Closes the connection; a later call opens another."""
         client, self._client = self._client, None
