@@ -63,7 +63,7 @@ def test_a_run_sends_the_recorded_pictures_and_its_cost_adds_up(
     code, server = run(monkeypatch, [NO, error(500, "INTERNAL"), GOOD], "--verifier", "gemini")
     printed = capfd.readouterr()
     assert code == 0, printed.err
-    assert printed.err.index("to Google") >= 0
+    assert "to Google" in printed.err
     episode = recorded(tmp_path)
     verdicts, calls = episode.of("verdict"), episode.of("verifier_call")
     assert len(calls) == len(server.requests) == len(verdicts) + 1
@@ -79,6 +79,7 @@ def test_a_run_sends_the_recorded_pictures_and_its_cost_adds_up(
     assert total["calls"] == len(calls)
     assert total["usd"] == pytest.approx(sum(call["usd"] for call in calls)) and total["usd"] > 0
     assert total["thought_tokens"] == sum(call["thought_tokens"] for call in calls)
+    assert f"gemini: {len(calls)} calls" in printed.err and f"{total['usd']:.4f} USD" in printed.err
     for path in episode.folder.rglob("*"):
         assert path.is_dir() or KEY.encode() not in path.read_bytes(), path
     assert KEY not in printed.out + printed.err

@@ -20,7 +20,7 @@ from vlm2vla_client.pictures import read_picture
 from vlm2vla_client.policies.base import PolicyInfo
 from vlm2vla_client.progress import ConsoleProgress, Progress, SilentProgress, printable, row_text
 from vlm2vla_client.recorder import new_episode_folder, plain
-from vlm2vla_client.verifiers.outside import open_outside
+from vlm2vla_client.verifiers.outside import close_outside, open_outside
 from vlm2vla_client.view import write_view
 from vlm2vla_schema.images import encode_jpeg, to_base64
 from vlm2vla_schema.messages import MAX_IMAGES, VqaResponse
@@ -128,8 +128,7 @@ def _run_in_twin(arguments: argparse.Namespace, config: ClientConfig, verifiers:
         raise
     finally:
         connection.close()
-        for verifier in outside.values():
-            verifier.close()
+        close_outside(outside)
     _report(arguments.json, result, folder)
     return result.exit_code
 

@@ -65,6 +65,13 @@ class Cost:
         if usd is not None:
             self.usd = (self.usd or 0.0) + usd
 
+    def text(self) -> str:
+        """The sum in one line, for people."""
+        money = "cost unknown: no price in client.toml" if self.usd is None else f"{self.usd:.4f} USD"
+        unsure = f", and {self.uncounted} calls of unknown size" if self.uncounted else ""
+        tokens = f"{self.prompt_tokens} tokens in, {self.output_tokens} out, {self.thought_tokens} thought"
+        return f"{self.calls} calls, {tokens}; {money}{unsure}"
+
 
 def judge(response: GenerateContentResponse) -> Call:
     """A verdict only from a finished answer whose text is exactly one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from vlm2vla_client.errors import ConfigurationError
@@ -44,6 +44,14 @@ def open_outside(
     if "human" in names:
         made["human"] = HumanVerifier()
     return made
+
+
+def close_outside(made: Mapping[str, Verifier], *, say: Callable[[str], None] | None = None) -> None:
+    """Closes them and says what the calls cost."""
+    for verifier in made.values():
+        verifier.close()
+        if isinstance(verifier, GeminiVerifier) and verifier.cost.calls:
+            (say or _say)(f"gemini: {verifier.cost.text()}")
 
 
 def _say(line: str) -> None:
