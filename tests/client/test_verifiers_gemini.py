@@ -233,9 +233,9 @@ def test_an_answer_that_was_not_finished_is_no_verdict_even_if_it_parses(
     ],
 )
 def test_a_body_that_is_no_answer_is_an_error(monkeypatch: pytest.MonkeyPatch, reply: Reply) -> None:
-    with asking(monkeypatch, reply) as (server, verifier, _), pytest.raises(VerifierError):
+    with asking(monkeypatch, reply) as (server, verifier, taken), pytest.raises(VerifierError):
         ask(verifier)
-    assert len(server.requests) == 3
+    assert len(server.requests) == 3 and {event["outcome"] for event in taken.events} == {"invalid"}
 
 
 # --- errors, waits, the deadline -------------------------------------------------------------------------------------

@@ -39,6 +39,10 @@ CLOUD_SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 FIRST_WAIT_S = 1.0
 #: Google refuses a request whose own time limit is shorter ("Minimum allowed deadline is 10s").
 MIN_SERVER_TIMEOUT_S = 10.0
+#: An attempt with less time than this would be paid for and not waited for.
+MIN_ATTEMPT_S = 1.0
+#: Whose errors mean that the line failed; those of others mean that what came over it was no answer.
+TRANSPORTS = ("httpx", "httpcore", "requests", "urllib3", "google.auth")
 #: Answers of Google's that another attempt may mend; the other ones (a wrong key, an unknown model) stay as they are.
 PASSING_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 #: D.5's three fields in its order, in Google's own form of a schema.
@@ -124,7 +128,7 @@ class GeminiVerifier:
             if not call.again or attempt == self._attempts:
                 break
             wait_s = max(self._first_wait_s * 2 ** (attempt - 1) * random.uniform(1.0, 1.5), call.wait_s)
-            if time.monotonic() + wait_s >= ends_s:
+            if time.monotonic() + wait_s + MIN_ATTEMPT_S >= ends_s:
                 raise VerifierError(f"{call.message}; no time for another attempt within {deadline_s:g} s")
             time.sleep(wait_s)
         raise VerifierError(call.message, again=call.again)
@@ -154,9 +158,16 @@ class GeminiVerifier:
         if isinstance(answer, APIError):
             return self._refused(answer)
         if isinstance(answer, Exception):
-            kind = "timeout" if "Timeout" in type(answer).__name__ else "network"
-            return Call(kind, self._clean(f"no answer from Google: {type(answer).__name__}: {answer}"), again=True)
+            return self._failed(answer)
         return judge(answer)
+
+    def _failed(self, error: Exception) -> Call:
+        """No answer, or a body that Google's library could not read."""
+        what = f"{type(error).__name__}: {error}"
+        if not isinstance(error, OSError) and not type(error).__module__.startswith(TRANSPORTS):
+            return Call("invalid", self._clean(f"Google's answer cannot be read: {what}"), again=True)
+        kind = "timeout" if "Timeout" in type(error).__name__ else "network"
+        return Call(kind, self._clean(f"no answer from Google: {what}"), again=True)
 
     def _generate(
         self, client: Client, images: list[bytes], prompt: str, left_s: float
