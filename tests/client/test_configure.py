@@ -134,6 +134,15 @@ def test_a_key_with_a_wrong_type_is_not_repeated_in_the_error(folder: Path) -> N
     assert "secret" not in str(caught.value)
 
 
+def test_an_arms_own_table_is_handed_on_and_kept(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / "client.toml").write_text('[widowx]\nsetup = ["/opt/ros/noetic/setup.bash"]\nstart_timeout_s = 30\n')
+    table = {"setup": ["/opt/ros/noetic/setup.bash"], "start_timeout_s": 30}
+    assert load_config(None).arms == {"widowx": table}
+    assert configure("--server", "http://box:8000") == 0
+    assert load_config(None).arms == {"widowx": table}
+
+
 def test_limits_count_even_without_a_client_toml(folder: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "limits.toml").write_text("counter_z_m = 0.01\n")

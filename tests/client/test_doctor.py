@@ -16,7 +16,7 @@ from gemini_server import error, gemini_server
 
 from vlm2vla_client import doctor_machine
 from vlm2vla_client.cli import main
-from vlm2vla_client.doctor_machine import disk_findings, realsense_devices
+from vlm2vla_client.doctor_machine import disk_findings, realsense_devices, robot_findings
 from vlm2vla_client.verifiers.gemini_settings import record_consent
 
 KEY = "AIza-secret-of-the-lab"
@@ -165,11 +165,10 @@ def test_ros_is_asked_under_its_own_python_without_ours(
     setup.write_text(f'[ -z "$PYTHONPATH" ] || exit 9\nexport PYTHONPATH="{tmp_path}/site"\n')
     python = shutil.which("python3")
     assert python is not None
-    monkeypatch.setattr(doctor_machine, "ROS_PYTHON", python)
     monkeypatch.setenv("PYTHONPATH", "/of/the/client")
-    problem = doctor_machine._interbotix_problem([str(setup)])
-    assert (problem is None) is importable
-    assert importable or "interbotix_xs_modules" in str(problem)
+    found = {item.what: item for item in robot_findings("widowx", {"setup": [str(setup)], "python": python})}
+    assert found["ROS"].good and found["interbotix"].good is importable
+    assert importable or "interbotix_xs_modules" in found["interbotix"].found
 
 
 def test_the_disk_is_measured_where_recordings_will_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,7 @@ ROBOTS = ("twin", "widowx", "bridge", "replay")
 CAMERAS = ("twin", "realsense", "video", "images")
 VERIFIERS = ("gemini", "server", "human", "twin", "none")
 POLICIES = ("server", "expert", "random", "swapped")
+PHYSICAL_ROBOTS = ARM_TABLES = ("widowx", "bridge")
 LIMITS_FILE = "limits.toml"
 
 
@@ -45,6 +46,7 @@ class ClientFile(BaseModel):
         model: adapter to ask, or ``base``; None for the server's default.
         verifier: one name, or a chain of them joined by commas.
         limits: overrides of the safety limits, by the names of ``Limits``; ``limits.toml`` beside it adds to them.
+        widowx, bridge: how that arm's driver is reached; checked by the robot that is used.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -57,6 +59,13 @@ class ClientFile(BaseModel):
     verifier: str = "gemini"
     limits: dict[str, Any] = Field(default_factory=dict)
     gemini: GeminiSettings = Field(default_factory=GeminiSettings)
+    widowx: dict[str, Any] = Field(default_factory=dict)
+    bridge: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def arms(self) -> dict[str, dict[str, Any]]:
+        """The tables of the robots that have one, by robot."""
+        return {name: getattr(self, name) for name in ARM_TABLES if getattr(self, name)}
 
     @field_validator("robot")
     @classmethod

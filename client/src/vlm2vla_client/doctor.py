@@ -94,7 +94,7 @@ def examine(arguments: argparse.Namespace) -> list[Finding]:
     findings += _about_server(wanted, arguments.api_key or config.api_key)
     checks: list[Callable[[], list[Finding]]] = [
         lambda: camera_findings(wanted.camera),
-        lambda: robot_findings(wanted.robot),
+        lambda: robot_findings(wanted.robot, config.arms.get(wanted.robot, {})),
         lambda: _about_verifiers(wanted),
         lambda: disk_findings(wanted.record),
     ]

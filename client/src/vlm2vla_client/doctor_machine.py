@@ -9,8 +9,10 @@ import os
 import shlex
 import shutil
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROS_PYTHON = "/usr/bin/python3"
 ROS_TIMEOUT_S = 30.0
@@ -77,10 +79,15 @@ def _simulator() -> Finding:
     return Finding("simulator", there, "installed" if there else "no mujoco", "pip install 'vlm2vla-client[sim]'")
 
 
-def robot_findings(robot: str) -> list[Finding]:
-    """What an arm needs on this machine, by its name; nothing is opened and nothing moves."""
+def robot_findings(robot: str, table: Mapping[str, Any]) -> list[Finding]:
+    """What an arm needs on this machine, by its name; nothing is opened and nothing moves.
+
+    Args:
+        table: the arm's own in client.toml; of ``[widowx]``, ``python`` and ``setup`` are used.
+    """
     if robot == "widowx":
-        return [*_ros(), _arm_port()]
+        setups = [str(path) for path in table.get("setup", ())] or ros_setups()
+        return [*_ros(setups, str(table.get("python", ROS_PYTHON))), _arm_port()]
     return [_simulator()] if robot == "twin" else []
 
 
@@ -91,30 +98,30 @@ def ros_setups() -> list[str]:
     return [path for place in places for path in sorted(glob.glob(place))]
 
 
-def _ros() -> list[Finding]:
-    setups = ros_setups()
-    ros = [path for path in setups if path.startswith("/opt/ros/")]
+def _ros(setups: list[str], python: str) -> list[Finding]:
+    ros = [path for path in setups if Path(path).is_file()]
     install = "follow Interbotix's X-Series installation for this Ubuntu (ROS 1 Noetic, ROS 2 Humble or Jazzy)"
-    found = Finding("ROS", bool(ros), ", ".join(ros) or "no /opt/ros/*/setup.bash", install)
+    absent = f"no {', '.join(setups) or '/opt/ros/*/setup.bash'}"
+    found = Finding("ROS", bool(ros), ", ".join(ros) or absent, install)
     if not ros:
         return [found, Finding("interbotix", False, "not looked for without ROS", install)]
-    problem = _interbotix_problem(setups)
+    problem = interbotix_problem(ros, python)
     word = "interbotix_xs_modules can be imported" if problem is None else problem
     return [found, Finding("interbotix", problem is None, word, f"{install}; it makes ~/interbotix_ws")]
 
 
-def _interbotix_problem(setups: list[str]) -> str | None:
+def interbotix_problem(setups: list[str], python: str = ROS_PYTHON) -> str | None:
     """Why ROS's own Python cannot import the arm's package; None when it can."""
     sources = "; ".join(f"source {shlex.quote(path)}" for path in setups)
     # Without the client's own Python settings, which would hide ROS's packages.
     hidden = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
-    command = f"{sources}; {ROS_PYTHON} -c 'import interbotix_xs_modules'"
+    command = f"{sources}; {shlex.quote(python)} -c 'import interbotix_xs_modules'"
     try:
         done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True,
                               timeout=ROS_TIMEOUT_S, check=False)  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{ROS_PYTHON} gave no answer ({type(error).__name__})"
+        return f"{python} gave no answer ({type(error).__name__})"
     if done.returncode == 0:
         return None
     return (done.stderr.strip().splitlines() or ["interbotix_xs_modules cannot be imported"])[-1]
