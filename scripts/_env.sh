@@ -123,7 +123,7 @@ setup_env() {
     warn_about_cuda_torch "$venv"
     # setuptools first: the packages are then built without an isolated environment each.
     pip_install "$venv" setuptools
-    local wanted=(-e "$ROOT/shared_schema" -e "$ROOT/twin[sim]" -e "$ROOT/server[transformers,openai]" -e "$ROOT/client[sim]"
+    local wanted=(-e "$ROOT/shared_schema" -e "$ROOT/twin[sim]" -e "$ROOT/server[transformers,openai]" -e "$ROOT/client[sim,gemini]"
                   -e "$ROOT/training[sim,train]")
     [ "$level" = dev ] && wanted+=("${DEV_TOOLS[@]}")
     pip_install "$venv" --no-build-isolation "${wanted[@]}"

@@ -71,6 +71,14 @@ def test_robot_pc_install_pulls_no_model_library(wheels: Path, empty_environment
     assert "vlm2vla-server" not in names
 
 
+def test_the_gemini_verifier_is_an_extra_that_pulls_no_model_library(wheels: Path, empty_environment: Path) -> None:
+    plain = would_install(empty_environment, wheels, "vlm2vla-client")
+    assert not {name for name in plain if name.startswith("google-")}
+    names = would_install(empty_environment, wheels, "vlm2vla-client[gemini]")
+    assert "google-genai" in names
+    assert not names.keys() & (MODEL_LIBRARIES | {"mujoco", "vlm2vla-server"})
+
+
 def test_server_install_pulls_no_robot_or_camera_driver(wheels: Path, empty_environment: Path) -> None:
     names = would_install(empty_environment, wheels, "vlm2vla-server")
     assert {"vlm2vla-server", "vlm2vla-schema", "fastapi", "uvicorn"} <= names.keys()

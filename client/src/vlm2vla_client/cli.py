@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from vlm2vla_client import commands
+from vlm2vla_client import commands, configure, doctor
 from vlm2vla_client.bench import options as bench_options
 from vlm2vla_client.config import CAMERAS, POLICIES, ROBOTS, VERIFIERS
 from vlm2vla_client.errors import ClientError
@@ -24,9 +24,7 @@ from vlm2vla_client.progress import printable
 INTERRUPTED = 130
 DEVELOPMENT_SEED = 500_000  # below lie the seeds of training, from 1,000,000 on those of tests
 NOT_BUILT = {
-    "doctor": "check camera, arm, server and limits; --commission walks through a new bench",
     "ask": "ask the model about the live frame",
-    "configure": "write client.toml",
     "calibrate": "find counter and wall",
     "home": "move the arm to its start pose",
 }
@@ -47,6 +45,7 @@ def _add_run(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     run.add_argument("--robot", choices=ROBOTS, help="default widowx, or client.toml")
     run.add_argument("--camera", choices=CAMERAS, help="default realsense, or client.toml")
     run.add_argument("--verifier", metavar="NAMES", help=f"one of {', '.join(VERIFIERS)}, or a chain: gemini,human")
+    run.add_argument("--gemini-consent", action="store_true", help="send pictures of the bench to Google, this run")
     run.add_argument("--policy", choices=POLICIES, default="server")
     run.add_argument("--scenario", choices=("in_distribution", "out_of_distribution"), help="sampling of the subtasks")
     run.add_argument("--scene", metavar="NAME", help="twin: a suite's scene, or 'kitchen' (default: the task's)")
@@ -94,12 +93,24 @@ def _add_others(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
     _add_server(bench)
     bench.set_defaults(command=commands.bench)
 
+    _add_setting_up(subparsers)
+
     evaluate = subparsers.add_parser("eval", help="measure a policy on a suite of the twin", add_help=False)
     evaluate.set_defaults(command=commands.evaluate)
 
     for name, what in NOT_BUILT.items():
         parser = subparsers.add_parser(name, help=f"{what} (not built yet)", add_help=True)
         parser.set_defaults(command=commands.not_built, name=name)
+
+
+def _add_setting_up(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    settings = subparsers.add_parser("configure", help="write client.toml and limits.toml, by flags or by questions")
+    configure.add_arguments(settings)
+    settings.set_defaults(command=configure.configure)
+
+    check = subparsers.add_parser("doctor", help="check server, camera, arm, verifier and limits; name every remedy")
+    doctor.add_arguments(check)
+    check.set_defaults(command=doctor.doctor)
 
 
 def _natural(text: str) -> int:

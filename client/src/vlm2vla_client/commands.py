@@ -19,6 +19,7 @@ from vlm2vla_client.pictures import read_picture
 from vlm2vla_client.policies.base import PolicyInfo
 from vlm2vla_client.progress import ConsoleProgress, Progress, SilentProgress
 from vlm2vla_client.recorder import new_episode_folder, plain
+from vlm2vla_client.verifiers.outside import close_outside, open_outside
 from vlm2vla_client.view import write_view
 from vlm2vla_schema.images import encode_jpeg, to_base64
 from vlm2vla_schema.messages import MAX_IMAGES, VqaResponse
@@ -74,9 +75,6 @@ def run(arguments: argparse.Namespace) -> int:
         if name != "twin":
             hint = "; `vlm2vla-client replay EPISODE` moves a recording again" if name == "replay" else ""
             raise NotBuiltError(f"the {kind} {name!r} is not built yet; use --sim for the twin{hint}")
-    for name in verifiers:
-        if name in ("gemini", "human"):
-            raise NotBuiltError(f"the verifier {name!r} is not built yet; use server, twin or none")
     if not arguments.task.strip() or len(arguments.task) > 2000 or not _is_text(arguments.task):
         raise ConfigurationError("--task must be 1..2000 characters of text")
     if arguments.confirm and arguments.execute == "streamed":
@@ -91,6 +89,7 @@ def _run_in_twin(arguments: argparse.Namespace, config: ClientConfig, verifiers:
     except ImportError as error:
         raise ConfigurationError(f"{SIM_EXTRA} ({error})") from None
     choice = choose_scene(arguments.task, arguments.scene, arguments.seed, arguments.scenario)
+    outside = open_outside(verifiers, config.gemini, config.folder, consent=arguments.gemini_consent)
     connection = connect(arguments, config)
     request = SimRequest(
         task=arguments.task,
@@ -106,6 +105,7 @@ def _run_in_twin(arguments: argparse.Namespace, config: ClientConfig, verifiers:
         realtime=arguments.realtime,
         limits=config.limits if arguments.config is not None else {},
         confirm=confirm_on_terminal if arguments.confirm else None,
+        outside=outside,
     )
     folder = new_episode_folder(arguments.record, arguments.task)
     try:
@@ -115,6 +115,7 @@ def _run_in_twin(arguments: argparse.Namespace, config: ClientConfig, verifiers:
         raise
     finally:
         connection.close()
+        close_outside(outside)
     _report(arguments.json, result, folder)
     return result.exit_code
 

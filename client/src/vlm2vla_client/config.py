@@ -5,12 +5,13 @@
     camera = "realsense"
     verifier = "gemini"
 
-    [limits]
-    counter_z_m = 0.012
-    wall_x_m = 0.52
+    [gemini]              # see verifiers/gemini_settings.py
+    model = "gemini-2.5-pro"
 
-An unknown key is an error, so that a misspelt limit is never silently ignored. The API key may also come from
-``VLM2VLA_API_KEY``, which keeps it out of files and process lists.
+``limits.toml`` beside it holds what was measured on this bench (``counter_z_m``, ``wall_x_m``) and any other field of
+``Limits``; a table ``[limits]`` in client.toml does the same. An unknown key is an error, so that a misspelt limit is
+never silently ignored. The API key may also come from ``VLM2VLA_API_KEY``, which keeps it out of files and process
+lists.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
 from vlm2vla_client.errors import ConfigurationError
 from vlm2vla_client.safety import Limits
+from vlm2vla_client.verifiers.gemini_settings import GeminiSettings, Price
 from vlm2vla_twin.kinematics import MAX_JOINT_SPEED_RAD_S
 
 DEFAULT_SERVER = "http://127.0.0.1:8000"
@@ -31,17 +35,21 @@ ROBOTS = ("twin", "widowx", "bridge", "replay")
 CAMERAS = ("twin", "realsense", "video", "images")
 VERIFIERS = ("gemini", "server", "human", "twin", "none")
 POLICIES = ("server", "expert", "random", "swapped")
-_TEXT_KEYS = ("server", "api_key", "model", "robot", "camera", "verifier")
+PHYSICAL_ROBOTS = ARM_TABLES = ("widowx", "bridge")
+LIMITS_FILE = "limits.toml"
 
 
-@dataclass(frozen=True)
-class ClientConfig:
-    """The robot PC's own settings; flags override them.
+class ClientFile(BaseModel):
+    """What client.toml may hold; flags override it.
 
     Attributes:
-        limits: overrides of the safety limits, by the names of ``Limits``.
-        path: where it was read from, or None.
+        model: adapter to ask, or ``base``; None for the server's default.
+        verifier: one name, or a chain of them joined by commas.
+        limits: overrides of the safety limits, by the names of ``Limits``; ``limits.toml`` beside it adds to them.
+        widowx, bridge: how that arm's driver is reached; checked by the robot that is used.
     """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     server: str = DEFAULT_SERVER
     api_key: str | None = None
@@ -49,8 +57,51 @@ class ClientConfig:
     robot: str = "widowx"
     camera: str = "realsense"
     verifier: str = "gemini"
-    limits: Mapping[str, Any] = field(default_factory=dict)
+    limits: dict[str, Any] = Field(default_factory=dict)
+    gemini: GeminiSettings = Field(default_factory=GeminiSettings)
+    widowx: dict[str, Any] = Field(default_factory=dict)
+    bridge: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def arms(self) -> dict[str, dict[str, Any]]:
+        """The tables of the robots that have one, by robot."""
+        return {name: getattr(self, name) for name in ARM_TABLES if getattr(self, name)}
+
+    @field_validator("robot")
+    @classmethod
+    def _known_robot(cls, value: str) -> str:
+        return _one_of(value, ROBOTS)
+
+    @field_validator("camera")
+    @classmethod
+    def _known_camera(cls, value: str) -> str:
+        return _one_of(value, CAMERAS)
+
+    @field_validator("verifier")
+    @classmethod
+    def _known_verifiers(cls, value: str) -> str:
+        return ",".join(_one_of(name.strip(), VERIFIERS) for name in value.split(","))
+
+
+class ClientConfig(ClientFile):
+    """The robot PC's own settings, read once.
+
+    Attributes:
+        path: where they were read from, or None.
+    """
+
     path: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where client.toml lies or would lie; limits.toml and the recorded consent are beside it."""
+        return (self.path or default_path()).parent
+
+
+def _one_of(value: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise ValueError(f"expected one of {', '.join(known)}")
+    return value
 
 
 def default_path() -> Path:
@@ -60,40 +111,85 @@ def default_path() -> Path:
 
 
 def load_config(path: Path | None) -> ClientConfig:
-    """Reads ``path``, or the user's own file when there is one.
+    """Reads ``path``, or the user's own file when there is one, and ``limits.toml`` beside it.
 
     Raises:
-        ConfigurationError: the file named is missing, is not TOML, or holds an unknown key or a wrong type.
+        ConfigurationError: the file named is missing, one is not TOML, or holds an unknown key or a wrong value.
     """
     given = path is not None
     path = path or default_path()
-    if not given and not path.is_file():
-        return ClientConfig(api_key=os.environ.get("VLM2VLA_API_KEY"))
+    values = read_toml(path) if given or path.is_file() else {}
+    file = check_file(values, path)
+    limits_path = path.with_name(LIMITS_FILE)
+    measured = read_toml(limits_path) if limits_path.is_file() else {}
+    check_limits(measured, str(limits_path))
+    if twice := sorted(file.limits.keys() & measured.keys()):
+        raise ConfigurationError(f"{', '.join(twice)}: given in {path} and in {limits_path}; keep one of them")
+    changes = {
+        "api_key": file.api_key or os.environ.get("VLM2VLA_API_KEY"),
+        "limits": {**file.limits, **measured},
+        "path": path if values or given else None,
+    }
+    return ClientConfig.model_validate({**{name: getattr(file, name) for name in ClientFile.model_fields}, **changes})
+
+
+def check_file(values: Mapping[str, Any], path: Path) -> ClientFile:
+    """The settings of a client.toml.
+
+    Raises:
+        ConfigurationError: an unknown key or a wrong value; names ``path``, the key and what is known.
+    """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        file = ClientFile.model_validate(values)
+    except ValidationError as error:
+        raise ConfigurationError(f"{path}: {_problem(error)}") from None
+    check_limits(file.limits, str(path))
+    return file
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The file as a table.
+
+    Raises:
+        ConfigurationError: it cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigurationError(f"cannot read {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} is not TOML: {error}") from None
-    limits = values.pop("limits", {})
-    for key, value in values.items():
-        if key not in _TEXT_KEYS:
-            raise ConfigurationError(f"{path}: unknown key {key!r}; known are {', '.join(_TEXT_KEYS)} and [limits]")
-        if not isinstance(value, str):
-            raise ConfigurationError(f"{path}: {key} must be text, found {type(value).__name__}")
-    check_limits(limits, str(path))
-    values.setdefault("api_key", os.environ.get("VLM2VLA_API_KEY"))
-    return ClientConfig(**values, limits=limits, path=path)
+
+
+def _problem(error: ValidationError) -> str:
+    """The first thing wrong, by name; never the value, which may be a key."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = [str(part) for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        tables: dict[tuple[str, ...], type[BaseModel]] = {("gemini",): GeminiSettings, ("gemini", "prices"): Price}
+        owner = tables.get(tuple(place[:-1][:2]), ClientFile)
+        inside = f" in [{'.'.join(place[:-1])}]" if place[:-1] else ""
+        return f"unknown key {place[-1]!r}{inside}; known are {', '.join(sorted(owner.model_fields))}"
+    expected = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    return f"{'.'.join(place)}: {expected}"
 
 
 def check_limits(values: object, where: str) -> None:
-    """Refuses what is not a table of known limits; ``Limits`` itself checks the numbers."""
+    """Refuses what is not a table of known limits, and values that could not protect anything.
+
+    Raises:
+        ConfigurationError: names the limit.
+    """
     if not isinstance(values, dict):
         raise ConfigurationError(f"{where}: [limits] must be a table")
     known = {item.name for item in fields(Limits)}
     for key in values:
         if key not in known:
             raise ConfigurationError(f"{where}: unknown limit {key!r}; known are {', '.join(sorted(known))}")
+    try:
+        make_limits(values, counter_z_m=0.0, wall_x_m=0.5)
+    except (ConfigurationError, TypeError) as error:
+        raise ConfigurationError(f"{where}: {error}") from None
 
 
 def _tuples(value: Any) -> Any:

@@ -54,7 +54,15 @@ class RobotError(ClientError):
 
 
 class VerifierError(NotCompletedError):
-    """A verifier gave no verdict (error, timeout, unreadable answer); never a success."""
+    """A verifier gave no verdict (error, timeout, unreadable answer); never a success.
+
+    Attributes:
+        again: False when asking the same verifier once more would not help.
+    """
+
+    def __init__(self, message: str, *, again: bool = True) -> None:
+        super().__init__(message)
+        self.again = again
 
 
 class RecordingError(ConfigurationError):

@@ -34,6 +34,7 @@ from vlm2vla_client.executor import ChunkResult, MotionStart, Outcome
 from vlm2vla_client.moves import state_of
 from vlm2vla_client.policies.base import Asked, SubtasksAnswer
 from vlm2vla_client.recorder import FORMAT
+from vlm2vla_client.verifiers.base import Notes
 from vlm2vla_client.verifiers.chain import ChainVerifier
 from vlm2vla_schema.types import Frame, Verdict
 
@@ -77,6 +78,8 @@ class _Episode:
         parts = self.parts
         if isinstance(parts.verifier, ChainVerifier):
             parts.verifier.on_failure(self._verifier_failed)
+            recorder = parts.recorder
+            parts.verifier.note_in(Notes(self._record, lambda frame: recorder.path_of(recorder.frame(frame))))
         try:
             self._all_subtasks()
         except KeyboardInterrupt:

@@ -9,8 +9,8 @@
 
 Events: ``episode`` (first line: task, config, policy), ``request``, ``subtasks``, ``plan``, ``row``, ``answer`` (with
 raw text), ``dropped``, ``step`` (a row about to move: its frame, the arm's state [x y z roll pitch yaw gripper] and the
-action [dx dy dz droll dpitch dyaw gripper]), ``decision``, ``substep``, ``chunk``, ``verdict``, ``hold``, ``error``,
-``end``.
+action [dx dy dz droll dpitch dyaw gripper]), ``decision``, ``substep``, ``chunk``,
+``verifier_call`` (one request to a verifier that counts its cost), ``verdict``, ``hold``, ``error``, ``end``.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class Recorder:
             if known is not None:
                 return known
             number = self._frame_count
-            path = self._frames / f"{number:06d}.jpg"
+            path = self.path_of(number)
             temporary = path.with_suffix(".part")
             temporary.write_bytes(encode_jpeg(frame.image))
             os.replace(temporary, path)
@@ -143,6 +143,10 @@ class Recorder:
             while len(self._frame_numbers) > MAX_REMEMBERED_FRAMES:
                 self._frame_numbers.pop(next(iter(self._frame_numbers)))
             return number
+
+    def path_of(self, number: int) -> Path:
+        """The file of frame ``number``."""
+        return self._frames / f"{number:06d}.jpg"
 
     def limits(self, limits: Any) -> None:
         """Writes ``limits.json``."""

@@ -47,6 +47,7 @@ from vlm2vla_twin.tasks import Judge
 SWAPPED_SEED_SHIFT = 7919
 REST_BEFORE_JUDGING_S = 1.5
 READY_WAIT_S = 120.0
+VERIFY_DEADLINE_S = 60.0  # for each member of the chain
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class SimRequest:
         realtime: let simulated seconds take as long as they say.
         animate: write ``episode.gif``.
         confirm: asked before every chunk.
+        outside: verifiers that the caller made and closes (``verifiers.outside``), by name.
     """
 
     task: str
@@ -80,6 +82,7 @@ class SimRequest:
     animate: bool = True
     limits: Mapping[str, Any] = field(default_factory=dict)
     confirm: Confirm | None = None
+    outside: Mapping[str, Verifier] = field(default_factory=dict)
 
 
 @dataclass
@@ -157,7 +160,7 @@ def make_verifier(request: SimRequest, bench: SimBench) -> Verifier:
     """The chain of verifiers by their names.
 
     Raises:
-        ConfigurationError: a verifier that is unknown, not built yet, or lacks its server.
+        ConfigurationError: a verifier that is unknown, was not made by the caller, or lacks its server.
     """
     members: list[Verifier] = []
     for name in request.verifiers:
@@ -167,8 +170,10 @@ def make_verifier(request: SimRequest, bench: SimBench) -> Verifier:
             members.append(TwinVerifier(bench.world, bench.camera))
         elif name == "none":
             members.append(NoVerifier())
+        elif name in request.outside:
+            members.append(request.outside[name])
         else:
-            raise ConfigurationError(f"the verifier {name!r} is not built yet; use server, twin or none")
+            raise ConfigurationError(f"the verifier {name!r} cannot be used here; use server, twin or none")
     return ChainVerifier(members)
 
 
@@ -273,6 +278,7 @@ def _loop_config(request: SimRequest, limits: Limits) -> LoopConfig:
         max_cycles=request.max_cycles,
         max_cycles_per_subtask=request.max_cycles_per_subtask,
         max_answer_age_s=limits.max_answer_age_s,
+        verify_deadline_s=VERIFY_DEADLINE_S * len(request.verifiers),
         seed=request.choice.seed,
         dry_run=request.dry_run,
         recorded=_recorded(request),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from vlm2vla_schema.types import Frame, Verdict
 
@@ -38,4 +41,26 @@ class Verifier(Protocol):
 
     def close(self) -> None:
         """Frees what it holds; may be called twice."""
+        ...
+
+
+@dataclass(frozen=True)
+class Notes:
+    """An episode's recording, as far as a verifier needs it.
+
+    Attributes:
+        record: appends an event, given its kind and its fields by name.
+        picture: the file that holds a frame; stores it when it is not stored yet.
+    """
+
+    record: Callable[..., None]
+    picture: Callable[[Frame], Path]
+
+
+@runtime_checkable
+class Noting(Protocol):
+    """A verifier that records more than its verdict, or shows the recorded pictures."""
+
+    def note_in(self, notes: Notes) -> None:
+        """Called once when an episode starts."""
         ...

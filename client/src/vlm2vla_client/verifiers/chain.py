@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from vlm2vla_client.errors import VerifierError
-from vlm2vla_client.verifiers.base import Verifier
+from vlm2vla_client.verifiers.base import Notes, Noting, Verifier
 from vlm2vla_schema.types import Frame, Verdict
 
 OnFailure = Callable[[str, VerifierError], None]
@@ -44,27 +44,42 @@ class ChainVerifier:
         """Sets the callback; the loop does this when an episode starts."""
         self._on_failure = callback
 
+    def note_in(self, notes: Notes) -> None:
+        """Hands the recording to the members that want it."""
+        for verifier in self._verifiers:
+            if isinstance(verifier, Noting):
+                verifier.note_in(notes)
+
     def verify(
         self, before: Frame, after: Frame, subtask: str, next_subtask: str | None, deadline_s: float
     ) -> Verdict:
-        """The first verdict that any member gives; ``deadline_s`` bounds the whole chain.
+        """The first verdict that any member gives.
+
+        ``deadline_s`` bounds the whole chain, and each member gets an equal share of what is left: one that is silent
+        to its end leaves time for the next.
 
         Raises:
             VerifierError: no member gave one in time.
         """
         ends_s = time.monotonic() + deadline_s
         failures: list[str] = []
-        for verifier in self._verifiers:
+        for index, verifier in enumerate(self._verifiers):
+            now_s = time.monotonic()
+            if now_s >= ends_s:
+                raise VerifierError(f"no verdict within {deadline_s:g} s ({'; '.join(failures)})")
+            share_ends_s = now_s + (ends_s - now_s) / (len(self._verifiers) - index)
             for _ in range(self._attempts):
-                left_s = ends_s - time.monotonic()
+                left_s = share_ends_s - time.monotonic()
                 if left_s <= 0:
-                    raise VerifierError(f"no verdict within {deadline_s:g} s ({'; '.join(failures)})")
+                    break
                 try:
                     return self._ask(verifier, before, after, subtask, next_subtask, left_s)
                 except VerifierError as error:
                     failures.append(f"{verifier.name}: {error}")
                     if self._on_failure is not None:
                         self._on_failure(verifier.name, error)
+                    if not error.again:
+                        break
         raise VerifierError("no verifier gave a verdict: " + "; ".join(failures))
 
     @staticmethod
