@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from vlm2vla_client.errors import RobotError
 from vlm2vla_client.executor import ChunkResult, Executor, MotionStart
 from vlm2vla_client.robots.arm_lock import ArmLock
 from vlm2vla_client.robots.widowx import WidowXRobot, WidowXSettings
+from vlm2vla_client.safety_geometry import rotation_of
 from vlm2vla_twin import kinematics
 
 FloatArray = NDArray[np.float64]
@@ -33,15 +35,15 @@ def python_path(flavour: str) -> str:
     return os.pathsep.join(str(path) for path in (HERE / "vendor_doubles" / flavour, HERE, *SOURCES))
 
 
-def start_with_yaw(yaw_rad: float, position_m: Sequence[float] = (0.28, 0.0, 0.12)) -> list[float]:
-    """Joints with the gripper straight down, its wrist turned by ``yaw_rad`` about the vertical."""
-    turn = np.array([[np.cos(yaw_rad), -np.sin(yaw_rad), 0], [np.sin(yaw_rad), np.cos(yaw_rad), 0], [0, 0, 1.0]])
+def start_with_yaw(
+    yaw_rad: float, position_m: Sequence[float] = (0.28, 0.0, 0.12), tilt_rad: float = 0.0
+) -> list[float]:
+    """Joints with the gripper down, ``tilt_rad`` off the vertical, and its wrist turned by ``yaw_rad`` about it."""
     joints: FloatArray | None = np.array([0.0, -0.6, 0.7, 0.0, 1.4, 0.0])
-    for share in np.linspace(0.0, 1.0, 9):  # in steps, so that the search stays near
-        part = yaw_rad * share
-        turn = np.array([[np.cos(part), -np.sin(part), 0], [np.sin(part), np.cos(part), 0], [0, 0, 1.0]])
+    for part in yaw_rad * np.linspace(0.0, 1.0, 9):  # in steps, so that the search stays near
+        turn, tilt = rotation_of(np.array([[0.0, 0.0, part], [0.0, -tilt_rad, 0.0]]))
         assert joints is not None
-        joints = kinematics.inverse(np.array(position_m), turn @ kinematics.DOWN, joints, 1e-7, 1e-6)
+        joints = kinematics.inverse(np.array(position_m), turn @ kinematics.DOWN @ tilt, joints, 1e-7, 1e-6)
     assert joints is not None
     return [float(v) for v in joints]
 
@@ -125,13 +127,38 @@ def wait_until(condition: Callable[[], bool], timeout_s: float) -> float:
     raise AssertionError(f"did not happen within {timeout_s} s")
 
 
-def first_error(robot: WidowXRobot, timeout_s: float) -> tuple[float, RobotError]:
-    """When ``state`` first fails, and how."""
+def first_error(robot: WidowXRobot, timeout_s: float, words: str = "") -> tuple[float, RobotError]:
+    """When ``state`` first fails with these words, and how."""
     ends_s = time.monotonic() + timeout_s
     while time.monotonic() < ends_s:
         try:
             robot.state()
         except RobotError as error:
-            return time.monotonic(), error
+            if words in str(error):
+                return time.monotonic(), error
         time.sleep(0.002)
-    raise AssertionError(f"no error within {timeout_s} s")
+    raise AssertionError(f"no such error within {timeout_s} s: {words}")
+
+
+STARVED = ("has been silent for", "s old (limit", "no heartbeat")
+
+
+def patiently(test: Callable[..., None]) -> Callable[..., None]:
+    """For tests of where the arm goes: once more when this machine was too busy to keep the arm's own deadlines.
+
+    Those deadlines have tests of their own, which do not use this.
+    """
+
+    @functools.wraps(test)
+    def run(tmp_path: Path, **given: Any) -> None:
+        for attempt in range(3):
+            folder = tmp_path / str(attempt)
+            folder.mkdir()
+            try:
+                return test(tmp_path=folder, **given)
+            except RobotError as error:
+                if attempt == 2 or not any(words in str(error) for words in STARVED):
+                    raise
+        return None
+
+    return run

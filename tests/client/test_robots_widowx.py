@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from arm_bench import FLAVOURS, ArmBench, FloatArray, first_error, start_with_yaw, wait_until
+from arm_bench import FLAVOURS, ArmBench, FloatArray, first_error, patiently, start_with_yaw, wait_until
 
 from vlm2vla_client.errors import ConfigurationError, RobotError
 from vlm2vla_client.executor import Outcome
@@ -41,6 +41,7 @@ def square(size_m: float, rows: int) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
+@patiently
 def test_it_connects_without_moving_and_says_where_it_is(tmp_path: Path, flavour: str) -> None:
     with ArmBench(tmp_path, flavour) as bench:
         robot: Robot = bench.robot
@@ -55,6 +56,7 @@ def test_it_connects_without_moving_and_says_where_it_is(tmp_path: Path, flavour
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
 @pytest.mark.parametrize("yaw_rad", [0.0, 0.8, -1.5])
+@patiently
 def test_a_chunk_of_40_rows_ends_within_1_mm_of_its_path(tmp_path: Path, flavour: str, yaw_rad: float) -> None:
     with ArmBench(tmp_path, flavour, start_rad=start_with_yaw(yaw_rad)) as bench:
         begin = bench.position()
@@ -70,8 +72,9 @@ def test_a_chunk_of_40_rows_ends_within_1_mm_of_its_path(tmp_path: Path, flavour
 
 
 @pytest.mark.parametrize("yaw_rad", [0.0, 0.8, -1.5])
+@patiently
 def test_forward_is_forward_at_any_wrist_yaw(tmp_path: Path, yaw_rad: float) -> None:
-    with ArmBench(tmp_path, "ros2", start_rad=start_with_yaw(yaw_rad)) as bench:
+    with ArmBench(tmp_path, "ros2", start_rad=start_with_yaw(yaw_rad, tilt_rad=0.05)) as bench:
         begin = bench.position()
         assert bench.run([[0.03, 0.0, 0.0, 1.0]]).outcome is Outcome.COMPLETED
         time.sleep(0.15)
@@ -79,6 +82,7 @@ def test_forward_is_forward_at_any_wrist_yaw(tmp_path: Path, yaw_rad: float) -> 
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
+@patiently
 def test_twenty_chunks_do_not_walk_down_under_gravity(tmp_path: Path, flavour: str) -> None:
     with ArmBench(tmp_path, flavour, sag_rad=0.006) as bench:
         begin, executor = bench.position(), bench.executor()
@@ -90,6 +94,7 @@ def test_twenty_chunks_do_not_walk_down_under_gravity(tmp_path: Path, flavour: s
         assert begin[2] - bench.position()[2] < sag_m + 0.001
 
 
+@patiently
 def test_holding_again_and_again_does_not_walk_down_either(tmp_path: Path) -> None:
     with ArmBench(tmp_path, "ros1", sag_rad=0.006) as bench:
         bench.run([[0.008, 0.0, 0.0, 1.0]])
@@ -103,6 +108,7 @@ def test_holding_again_and_again_does_not_walk_down_either(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
+@patiently
 def test_a_move_of_half_a_millimetre_is_made(tmp_path: Path, flavour: str) -> None:
     with ArmBench(tmp_path, flavour) as bench:
         begin = bench.position()
@@ -115,12 +121,13 @@ def test_a_move_of_half_a_millimetre_is_made(tmp_path: Path, flavour: str) -> No
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
+@patiently
 def test_an_unreachable_pose_is_an_error_and_nothing_moves(tmp_path: Path, flavour: str) -> None:
     with ArmBench(tmp_path, flavour) as bench:
         told = bench.logged("group")
         with pytest.raises(RobotError, match="no joint angles reach"):  # late under load: then state says it
             bench.robot.command(np.array([0.9, 0.0, 0.3]), DOWN, 0.1)
-            raise first_error(bench.robot, 2.0)[1]
+            raise first_error(bench.robot, 2.0, "no joint angles")[1]
         assert bench.logged("group") == told
         begin = bench.position()
         bench.robot.command(begin + by(0.0, 0.01, 0.0), turned(bench), 0.1)
@@ -128,6 +135,7 @@ def test_an_unreachable_pose_is_an_error_and_nothing_moves(tmp_path: Path, flavo
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
+@patiently
 def test_a_joint_too_fast_is_an_error_and_nothing_moves(tmp_path: Path, flavour: str) -> None:
     with ArmBench(tmp_path, flavour) as bench:
         with pytest.raises(RobotError, match=r"rad/s|no joint angles"):
@@ -136,6 +144,7 @@ def test_a_joint_too_fast_is_an_error_and_nothing_moves(tmp_path: Path, flavour:
         assert not bench.logged("group")
 
 
+@patiently
 def test_a_slow_move_may_follow_a_fast_one_and_a_fast_one_a_slow_one(tmp_path: Path) -> None:
     # The vendor would judge each by the time of the one before (issue 89).
     with ArmBench(tmp_path, "ros1") as bench:
@@ -147,6 +156,7 @@ def test_a_slow_move_may_follow_a_fast_one_and_a_fast_one_a_slow_one(tmp_path: P
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
+@patiently
 def test_the_gripper_closes_on_an_object_and_keeps_a_bounded_grip(tmp_path: Path, flavour: str) -> None:
     with ArmBench(tmp_path, flavour, object_m=0.025) as bench:
         bench.robot.set_gripper(False, 1.5)
@@ -162,6 +172,7 @@ def test_the_gripper_closes_on_an_object_and_keeps_a_bounded_grip(tmp_path: Path
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
+@patiently
 def test_the_gripper_closes_on_nothing(tmp_path: Path, flavour: str) -> None:
     with ArmBench(tmp_path, flavour) as bench:
         bench.robot.set_gripper(False, 1.5)
@@ -170,6 +181,7 @@ def test_the_gripper_closes_on_nothing(tmp_path: Path, flavour: str) -> None:
         assert not bench.robot.holds_object
 
 
+@patiently
 def test_fingers_that_move_the_wrong_way_are_stopped(tmp_path: Path) -> None:
     with ArmBench(tmp_path, "ros2", object_m=0.025) as bench:
         bench.robot.set_gripper(False, 1.5)
@@ -288,8 +300,7 @@ def test_a_motor_in_trouble_holds_the_arm_and_nothing_gets_it_moving_again(
         moving(bench)
         time.sleep(1.1)  # the registers of a healthy arm have been read
         bench.set(**fault)
-        _, error = first_error(bench.robot, 4.0)
-        assert words in str(error)
+        first_error(bench.robot, 4.0, words)
         held = len(bench.logged("group"))
         bench.robot.hold("as the executor does")
         with pytest.raises(RobotError):
@@ -330,6 +341,7 @@ def test_an_arm_in_the_wrong_mode_is_refused(tmp_path: Path) -> None:
         raise AssertionError("connected")
 
 
+@patiently
 def test_a_second_client_is_refused_until_the_first_has_gone(tmp_path: Path) -> None:
     with ArmBench(tmp_path, "ros1") as bench:
         second = bench.another()
@@ -371,6 +383,7 @@ def test_contact_is_inferred_from_current_against_the_direction_of_motion() -> N
     assert infer_contacts(rest + 100.0, rest, down, 300.0) == frozenset()
 
 
+@patiently
 def test_pushing_into_the_counter_stops_the_downward_motion(tmp_path: Path) -> None:
     with ArmBench(tmp_path, "ros1") as bench:
         bench.run([[0.0, 0.0, -0.01, 1.0]])

@@ -238,6 +238,10 @@ class ArmInterface:
         self.T_sb, self.joint_commands = turned @ inner, [float(v) for v in joints]
         return True
 
+    def get_joint_commands(self) -> list[float]:
+        """What was commanded last (arm.get_joint_commands)."""
+        return list(self.joint_commands)
+
     def get_ee_pose_command(self) -> Pose4:
         """Trap (arm.get_ee_pose_command): what was commanded, not what was reached."""
         return np.array(self.T_sb)
