@@ -17,6 +17,7 @@ from vlm2vla_client.errors import ConfigurationError, RobotError
 from vlm2vla_client.executor import Outcome
 from vlm2vla_client.robots.base import Robot
 from vlm2vla_client.robots.widowx import WidowXSettings, infer_contacts
+from vlm2vla_client.robots.widowx_arm_process import Gripper
 from vlm2vla_twin.kinematics import DOWN, forward
 
 HOLD_S = 0.05
@@ -181,17 +182,26 @@ def test_the_gripper_closes_on_nothing(tmp_path: Path, flavour: str) -> None:
         assert not bench.robot.holds_object
 
 
-@patiently
-def test_fingers_that_move_the_wrong_way_are_stopped(tmp_path: Path) -> None:
-    with ArmBench(tmp_path, "ros2", object_m=0.025) as bench:
-        bench.robot.set_gripper(False, 1.5)
-        wait_until(lambda: bench.robot.holds_object, 3.0)
-        bench.set(reversed_gripper=True, object_m=0.0)
-        time.sleep(0.05)
-        bench.robot.set_gripper(True, 1.5)
-        _, error = first_error(bench.robot, 3.0)
-        assert "against the command" in str(error)
-        assert bench.logged("gripper")[-1]["effort"] == 0.0
+class Efforts:
+    """What the gripper's motor was told."""
+
+    def __init__(self) -> None:
+        self.written: list[float] = []
+
+    def robot_write_joint_command(self, joint_name: str, command: float) -> None:
+        """As the vendor's core."""
+        self.written.append(command)
+
+
+def test_fingers_that_move_the_wrong_way_are_stopped() -> None:
+    core = Efforts()
+    gripper = Gripper(core, 0.015, 0.037)
+    gripper.start(True, 1.5, 0.025)
+    gripper.tick(0.024)
+    assert gripper.problem is None
+    gripper.tick(0.020)
+    assert gripper.problem is not None and "against the command" in gripper.problem
+    assert core.written == [250.0, 0.0]
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------
