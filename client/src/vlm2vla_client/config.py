@@ -9,6 +9,9 @@
     counter_z_m = 0.012
     wall_x_m = 0.52
 
+    [widowx]                  # how its driver is reached: robots/widowx.py; [bridge]: robots/bridge.py
+    setup = ["/opt/ros/noetic/setup.bash"]
+
 An unknown key is an error, so that a misspelt limit is never silently ignored. The API key may also come from
 ``VLM2VLA_API_KEY``, which keeps it out of files and process lists.
 """
@@ -31,6 +34,8 @@ ROBOTS = ("twin", "widowx", "bridge", "replay")
 CAMERAS = ("twin", "realsense", "video", "images")
 VERIFIERS = ("gemini", "server", "human", "twin", "none")
 POLICIES = ("server", "expert", "random", "swapped")
+ARM_TABLES = ("widowx", "bridge")
+_TABLES = ", ".join(f"[{name}]" for name in ("limits", *ARM_TABLES))
 _TEXT_KEYS = ("server", "api_key", "model", "robot", "camera", "verifier")
 
 
@@ -40,6 +45,7 @@ class ClientConfig:
 
     Attributes:
         limits: overrides of the safety limits, by the names of ``Limits``.
+        arms: the tables of the robots that have one, by robot; checked by the robot that is used.
         path: where it was read from, or None.
     """
 
@@ -50,6 +56,7 @@ class ClientConfig:
     camera: str = "realsense"
     verifier: str = "gemini"
     limits: Mapping[str, Any] = field(default_factory=dict)
+    arms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     path: Path | None = None
 
 
@@ -76,14 +83,18 @@ def load_config(path: Path | None) -> ClientConfig:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} is not TOML: {error}") from None
     limits = values.pop("limits", {})
+    arms = {name: values.pop(name) for name in ARM_TABLES if name in values}
+    for name, table in arms.items():
+        if not isinstance(table, dict):
+            raise ConfigurationError(f"{path}: [{name}] must be a table")
     for key, value in values.items():
         if key not in _TEXT_KEYS:
-            raise ConfigurationError(f"{path}: unknown key {key!r}; known are {', '.join(_TEXT_KEYS)} and [limits]")
+            raise ConfigurationError(f"{path}: unknown key {key!r}; known are {', '.join(_TEXT_KEYS)} and {_TABLES}")
         if not isinstance(value, str):
             raise ConfigurationError(f"{path}: {key} must be text, found {type(value).__name__}")
     check_limits(limits, str(path))
     values.setdefault("api_key", os.environ.get("VLM2VLA_API_KEY"))
-    return ClientConfig(**values, limits=limits, path=path)
+    return ClientConfig(**values, limits=limits, arms=arms, path=path)
 
 
 def check_limits(values: object, where: str) -> None:
