@@ -209,7 +209,7 @@ class ScriptedPolicy:
     def cycle(self, frame: Frame, subtask: str, asked: Asked) -> Iterator[CycleEvent]:
         self.asked_cycles.append((frame.frame_id, subtask))
         chunk = self._chunks.pop(0) if len(self._chunks) > 1 else self._chunks[0]
-        plan = "move down" if "motion_plan" in self._info.stages else None
+        plan = (asked.motion_plan or "move down") if "motion_plan" in self._info.stages else None
         if plan is not None:
             yield PlanArrived(plan)
         if isinstance(chunk, Exception):

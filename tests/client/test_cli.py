@@ -19,6 +19,7 @@ from rich.console import Console
 from vlm2vla_client import commands
 from vlm2vla_client.cli import NOT_BUILT, main
 from vlm2vla_client.config import ClientConfig, check_server_url, load_config, make_limits, split_verifiers
+from vlm2vla_client.confirm import Edit, Proposal, confirm_on_terminal
 from vlm2vla_client.errors import ConfigurationError
 from vlm2vla_client.policies.base import PolicyInfo
 from vlm2vla_client.progress import ConsoleProgress, printable, row_text
@@ -247,14 +248,43 @@ def test_rows_are_shown_in_centimetres() -> None:
     assert printable("a\nb\x1b]0;x\x07") == "a b ]0;x"
 
 
-def test_confirmation_reads_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    for line, expected in (("y\n", True), ("n\n", False), ("what\n", False)):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(line))
-        assert commands.confirm_on_terminal("down", [[0.0, 0.0, -0.01, 1.0]]) is expected
-    for line in ("", "q\n"):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(line))
-        with pytest.raises(KeyboardInterrupt):
-            commands.confirm_on_terminal(None, [])
+PROPOSAL = Proposal("Grasp Carrot", "Move down.", [[0.0, 0.0, -0.01, 1.0], [0.01, 0.0, -0.01, 0.0]])
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("y\n", True),
+        ("n\n", False),
+        ("what\n", False),
+        ("s\nLift Carrot\n", Edit("Lift Carrot")),
+        ("p\nMove slightly left, then down.\n", Edit("Grasp Carrot", "Move slightly left, then down.")),
+        ("p\n\n", False),
+        ("s\n\n", False),
+        (f"p\n{'x' * 1501}\n", False),
+    ],
+)
+def test_the_operator_says_yes_no_or_other_words(
+    monkeypatch: pytest.MonkeyPatch, typed: str, expected: bool | Edit
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    assert confirm_on_terminal(PROPOSAL) == expected
+
+
+@pytest.mark.parametrize("typed", ["", "q\n", "p\n"[:1], "s"])
+def test_an_end_of_input_ends_the_episode(monkeypatch: pytest.MonkeyPatch, typed: str) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    with pytest.raises(KeyboardInterrupt):
+        confirm_on_terminal(PROPOSAL)
+
+
+def test_the_path_is_shown_before_it_is_taken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
+    confirm_on_terminal(PROPOSAL)
+    shown = capsys.readouterr().err
+    assert "Grasp Carrot" in shown and "then at [ +1.0  +0.0  -2.0] cm close from here" in shown
 
 
 def test_the_command_line_starts_without_the_simulator() -> None:

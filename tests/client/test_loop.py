@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from client_fakes import (
 )
 
 from vlm2vla_client import errors
+from vlm2vla_client.confirm import Edit, Proposal
 from vlm2vla_client.executor import Outcome
 from vlm2vla_client.loop import EpisodeResult, LoopConfig, Parts, run_episode
 from vlm2vla_client.moves import Moves
@@ -35,6 +36,7 @@ from vlm2vla_client.watch import Watch
 from vlm2vla_schema.types import Frame
 
 ROWS = [[0.01, 0.0, -0.02, 1.0], [0.0, 0.0, -0.03, 0.0]]
+OTHER = [[0.0, 0.0, 0.04, 1.0]]
 SUBTASKS = ["Move to Carrot", "Grasp Carrot", "Lift Carrot"]
 LIMITS = Limits(counter_z_m=0.0, wall_x_m=0.56, max_joint_speed_rad_s=3.14)
 
@@ -275,16 +277,38 @@ def test_a_dry_run_asks_and_filters_and_never_moves(folder: Path) -> None:
 
 
 def test_the_operator_is_asked_before_every_chunk_and_no_means_plan_anew(folder: Path) -> None:
-    asked_for: list[tuple[str | None, Sequence[Sequence[float]]]] = []
+    asked_for: list[Proposal] = []
 
-    def confirm(plan: str | None, rows: Sequence[Sequence[float]]) -> bool:
-        asked_for.append((plan, rows))
+    def confirm(proposal: Proposal) -> bool:
+        asked_for.append(proposal)
         return len(asked_for) > 1
 
     bench = Bench(folder, ScriptedPolicy(["Lift"], [ROWS]), ScriptedVerifier([True]), confirm=confirm)
     assert bench.run().cycles == 2
-    assert asked_for[0] == ("move down", ROWS)
+    assert asked_for[0] == Proposal("Lift", "move down", ROWS)
     assert bench.recording().of("dropped")[0]["reason"] == "declined by the operator"
+
+
+@pytest.mark.parametrize(
+    ("edit", "plan"), [(Edit("Lift", "move up"), "move up"), (Edit("Lift higher"), "move down")]
+)
+def test_an_operators_words_replace_the_policys_from_a_fresh_frame_on(folder: Path, edit: Edit, plan: str) -> None:
+    answers: list[Proposal] = []
+
+    def confirm(proposal: Proposal) -> bool | Edit:
+        answers.append(proposal)
+        return edit if len(answers) == 1 else True
+
+    bench = Bench(folder, ScriptedPolicy(["Lift"], [ROWS, OTHER]), ScriptedVerifier([True]), confirm=confirm)
+    assert bench.run().exit_code == 0
+    assert answers == [Proposal("Lift", "move down", ROWS), Proposal(edit.subtask, plan, OTHER)]
+    recording = bench.recording()
+    (correction,) = recording.of("correction")
+    assert correction["subtask"] == {"from": "Lift", "to": edit.subtask}
+    assert correction["motion_plan"] == {"from": "move down", "to": edit.motion_plan} and correction["rows"] == ROWS
+    frames = [event["frame"] for event in recording.of("request") if event["stage"] == "cycle"]
+    assert len(frames) == 2 and frames[1] > frames[0]
+    assert len(bench.executor.chunks) == 1 and recording.of("verdict")[0]["subtask"] == edit.subtask
 
 
 def test_the_filter_is_told_ages_and_episode(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -218,6 +219,18 @@ def test_an_adapter_without_motion_plans_is_asked_for_actions_with_a_null_plan()
     events = run_cycle(server)
     assert body_of(server.requests[-1])["motion_plan"] is None
     assert isinstance(events[-1], Answered) and events[-1].motion_plan is None
+
+
+def test_an_operators_plan_goes_to_actions_and_its_rows_come_back() -> None:
+    def actions(request: httpx.Request) -> httpx.Response:
+        return stream_response([ndjson(cycle_lines(body_of(request), ROWS, plan=None))])
+
+    server = FakeServer(actions=actions)
+    given = replace(asked(), motion_plan="Move up.")
+    events = list(ServerPolicy(server.connection()).cycle(make_frame(3), "Grasp Carrot", given))
+    assert (server.requests[-1].url.path, body_of(server.requests[-1])["motion_plan"]) == ("/actions", "Move up.")
+    assert events[0] == PlanArrived("Move up.")
+    assert isinstance(events[-1], Answered) and (events[-1].rows, events[-1].motion_plan) == (ROWS, "Move up.")
 
 
 @pytest.mark.parametrize("protocol", [2, 0, 10])

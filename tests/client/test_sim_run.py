@@ -117,7 +117,7 @@ def test_the_live_display_names_everything(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_confirmed_on_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(commands, "confirm_on_terminal", lambda plan, rows: True)
+    monkeypatch.setattr(commands, "confirm_on_terminal", lambda proposal: True)
     assert run_json(capsys, "--task", "pick up the carrot", "--confirm")["exit_code"] == 0
 
 

@@ -75,12 +75,14 @@ class ServerProcess:
 
 
 class TwinServer(ServerProcess):
-    """``vlm2vla-server serve`` with the real model of models/twin."""
+    """``vlm2vla-server serve`` with the real model of models/twin and some of its adapters, by folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **adapters: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         program = str(Path(sys.executable).with_name("vlm2vla-server"))
-        model = ["--model", str(MODEL / "base"), "--adapter", f"twin={MODEL / 'adapter'}", "--threads", "1"]
+        model = ["--model", str(MODEL / "base"), "--threads", "1"]
+        for name, path in (adapters or {"twin": "adapter"}).items():
+            model += ["--adapter", f"{name}={MODEL / path}"]
         serve = [program, "serve", "--engine", "transformers", *model]
         self._start(folder, lambda port: [*serve, "--port", str(port)])
 

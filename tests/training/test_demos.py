@@ -50,3 +50,21 @@ def test_demonstrations_become_annotated_steps(tmp_path: Path) -> None:
     before = (tmp_path / "part-00000.parquet").read_bytes()
     assert main(arguments) == 0
     assert (tmp_path / "part-00000.parquet").read_bytes() == before
+
+
+def test_a_missed_grasp_is_done_again_and_what_was_caught_is_kept(tmp_path: Path) -> None:
+    arguments = ["demos", "--suite", "pick_carrot", "--episodes", "12", "--seed", "300", "--miss", "1"]
+    assert main([*arguments, "--out", str(tmp_path)]) == 0
+    truth = {
+        line["episode_key"]: line["steps"]
+        for line in map(json.loads, (tmp_path / "truth.jsonl").read_text().splitlines())
+    }
+    closings = []
+    for episode in EpisodeDataset(tmp_path).episodes():
+        gripper = episode.actions[:, 6]
+        held = [step["held"] == "carrot" for step in truth[episode.key]]
+        opened = [i for i in range(1, len(gripper)) if gripper[i] > gripper[i - 1]]
+        assert not any(held[i] for i in opened), "a carrot in the gripper is never let go"
+        assert held[-1] and len(opened) <= 1
+        closings.append(len(opened) + 1)
+    assert set(closings) == {1, 2}, "some near misses catch it after all, most are corrected"

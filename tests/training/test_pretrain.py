@@ -60,7 +60,9 @@ def stills(count: int = 6) -> Stills:
         for name, place in PLACES.items():
             pixels[index, THINGS.index(name)] = place
             where[index, THINGS.index(name)] = np.array(truth.position(name.removeprefix("card "))) * 10
-    return Stills(pictures, truths, pixels, where)
+    held = np.zeros((count, len(THINGS)), dtype=np.float32)
+    held[:, 0], held[0, THINGS.index("carrot")] = 1.0, 1.0
+    return Stills(pictures, truths, pixels, where, held)
 
 
 # --- the tokenizer
@@ -247,6 +249,7 @@ def test_dense_targets_mark_the_patch_that_shows_the_thing() -> None:
     assert shown[:3].tolist() == pytest.approx((shown[4:] - gripper).tolist(), abs=1e-5), "its offset from the gripper"
     assert targets.values[0, slot + len(THINGS)].tolist() == shown.tolist(), "the first things have a second slot"
     assert targets.digits[0, slot, 4].tolist() == [0, 2, 2, 0], "0.220 m: plus, 2, 2, 0"
+    assert targets.held[:, slot].tolist() == [0.0, 1.0] and targets.held[:, 0].tolist() == [1.0, 1.0]
     assert bool(targets.there[0, slot]) and not bool(targets.there[0, THINGS.index("plate")])
 
 
@@ -318,19 +321,27 @@ def test_the_tower_learns_alone_first_and_gently_after(tmp_path: Path) -> None:
     assert rates[1]["speaking"] == settings.learning_rate
 
 
-def test_tokens_that_were_never_an_answer_can_be_told_apart(tokenizer: Any) -> None:
+def test_tokens_that_were_never_met_can_be_told_apart(tokenizer: Any) -> None:
     model = pretrain.build_model(tokenizer, 0)
     weights = model.get_input_embeddings().weight
-    said = torch.zeros(len(weights), dtype=torch.bool)
-    said[:100] = True
+    met = torch.zeros(len(weights), dtype=torch.bool)
+    met[:100] = True
     with torch.no_grad():
         weights[100:] = 3.0 * weights[100] / weights[100].norm() + 0.01 * weights[100:]
     kept = weights[:100].detach().clone()
-    pretrain.spread_unsaid(model, said, 5)
+    pretrain.spread_unmet(model, met, 5)
     assert torch.equal(weights[:100], kept)
     spread = torch.nn.functional.normalize(weights[100:].detach(), dim=1)
     alike = (spread @ spread.T).fill_diagonal_(0.0)
     assert float(alike.max()) < 0.8 and 0.3 < float(alike.mean()) < 0.5, "a common part, and one of their own"
+
+
+def test_what_was_asked_counts_as_met_and_not_only_what_was_answered(tokenizer: Any, tmp_path: Path) -> None:
+    run = Run(stills(), tmp_path, Settings(tower_steps=0, steps=1, batch=2, turns=2, warmup=1, threads=1))
+    run.speak(0)
+    batch = run.batcher.batch(0)
+    asked = batch.input_ids[batch.labels == -100]
+    assert bool(run.met[asked].all()) and int(run.met.sum()) == len(batch.input_ids.unique())
 
 
 def test_attention_in_float32_is_attention(tokenizer: Any) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +11,13 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from vlm2vla_client.config import ClientConfig, check_server_url, load_config, split_verifiers
+from vlm2vla_client.confirm import confirm_on_terminal
 from vlm2vla_client.episode import EpisodeResult
 from vlm2vla_client.errors import ConfigurationError, NotBuiltError, ProtocolMismatchError
 from vlm2vla_client.http import ServerConnection
 from vlm2vla_client.pictures import read_picture
 from vlm2vla_client.policies.base import PolicyInfo
-from vlm2vla_client.progress import ConsoleProgress, Progress, SilentProgress, printable, row_text
+from vlm2vla_client.progress import ConsoleProgress, Progress, SilentProgress
 from vlm2vla_client.recorder import new_episode_folder, plain
 from vlm2vla_client.view import write_view
 from vlm2vla_schema.images import encode_jpeg, to_base64
@@ -49,18 +48,6 @@ def refuse_untrained(info: PolicyInfo, physical: bool, allow_untrained: bool, co
             f"{info.name} was never trained to act (/info says policy false); a physical arm follows it only with "
             "--allow-untrained --confirm"
         )
-
-
-def confirm_on_terminal(plan: str | None, rows: Sequence[Sequence[float]]) -> bool:
-    """Shows the chunk and asks; an end of input counts as no, ``q`` ends the episode."""
-    print(f"  plan     {printable(plan or '-')}", file=sys.stderr)
-    for index, row in enumerate(rows):
-        print(f"  row {index:<5}{row_text(row)}", file=sys.stderr)
-    print("  move? [y]es, [n]o and plan anew, [q]uit: ", end="", file=sys.stderr, flush=True)
-    answer = sys.stdin.readline()
-    if not answer or answer.strip().lower() in ("q", "quit"):
-        raise KeyboardInterrupt
-    return answer.strip().lower() in ("y", "yes")
 
 
 def print_json(value: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 from vlm2vla_client.cameras.base import Camera
 from vlm2vla_client.clock import Clock
+from vlm2vla_client.confirm import Confirm
 from vlm2vla_client.executor import ChunkResult, MotionStart
 from vlm2vla_client.moves import Moves
 from vlm2vla_client.policies.base import Policy, Scenario
@@ -68,7 +69,7 @@ class Parts:
 
     Attributes:
         executor: its events must go to ``moves``.
-        confirm: asked with plan and rows before every chunk; None never asks.
+        confirm: asked before every chunk; None never asks.
         judge: what physics says at the end (the twin's tasks), for the summary.
     """
 
@@ -82,7 +83,7 @@ class Parts:
     clock: Clock
     recorder: Recorder
     progress: Progress
-    confirm: Callable[[str | None, Sequence[Sequence[float]]], bool] | None = None
+    confirm: Confirm | None = None
     judge: Callable[[str], dict[str, Any] | None] | None = None
 
 

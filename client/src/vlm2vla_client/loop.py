@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from vlm2vla_client.answer import Answer
 from vlm2vla_client.arrivals import Arrivals
+from vlm2vla_client.confirm import Edit, Proposal
 from vlm2vla_client.episode import EpisodeResult, LoopConfig, Parts
 from vlm2vla_client.errors import (
     AnswerUnusableError,
@@ -66,6 +67,7 @@ class _Episode:
         self.cycles = 0
         self.refused_in_a_row = 0
         self.plans: list[str] = []
+        self.edit: Edit | None = None
         self.began_s = time.monotonic()
 
     # --- the whole episode ----------------------------------------------------------------------------------------
@@ -149,6 +151,7 @@ class _Episode:
     def _one_cycle(self, index: int) -> bool:
         """Frame, plan, rows, execution, verdict. True when the subtask is done."""
         parts, subtask = self.parts, self.subtasks[index]
+        given, self.edit = self.edit, None
         began_s = time.monotonic()
         parts.moves.begin(self.cycles, index, f"{index + 1}/{len(self.subtasks)}  {subtask}")
         parts.progress.cycle(self.cycles, index + 1, len(self.subtasks), subtask)
@@ -158,7 +161,7 @@ class _Episode:
         sent_s = parts.clock.now_s()
         frame_age_s = sent_s - before.stamp_s
         arrivals = Arrivals(
-            parts.policy.cycle(before, subtask, self._asked(self.config.max_answer_age_s)),
+            parts.policy.cycle(before, subtask, self._asked(self.config.max_answer_age_s, given)),
             parts.clock,
             self.config.max_answer_age_s,
             parts.watch.check,
@@ -170,7 +173,7 @@ class _Episode:
         )
         answer = Answer(arrivals, parts, self.config, self._record, sent_s, frame_age_s)
         try:
-            result = self._act(answer, captured_m)
+            result = self._act(index, answer, captured_m)
             self.plans += [answer.plan] if answer.plan else []
         except AnswerUnusableError as error:
             self._record_error("cycle", error)
@@ -186,8 +189,8 @@ class _Episode:
             return False
         return self._verify(index, before, number, result, began_s)
 
-    def _act(self, answer: Answer, captured_m: NDArray[np.float64]) -> ChunkResult | None:
-        """Executes the rows; None when nothing was to be executed (dry run, operator declined)."""
+    def _act(self, index: int, answer: Answer, captured_m: NDArray[np.float64]) -> ChunkResult | None:
+        """Executes the rows; None when nothing was to be executed (dry run, operator declined or edited)."""
         parts, config = self.parts, self.config
 
         def start() -> MotionStart:
@@ -207,10 +210,26 @@ class _Episode:
         if config.dry_run:
             parts.moves.preview(rows, answer.context(), parts.robot.state())
             return None
-        if parts.confirm is not None and not parts.confirm(answer.plan, list(rows)):
-            self._record("dropped", reason="declined by the operator")
+        if parts.confirm is not None and not self._confirmed(index, answer.plan, list(rows)):
             return None
         return self._execute(rows, answer, start)
+
+    def _confirmed(self, index: int, plan: str | None, rows: Sequence[Sequence[float]]) -> bool:
+        """Asks the operator. Edited words are kept for the next cycle, which starts from a fresh frame."""
+        assert self.parts.confirm is not None
+        choice = self.parts.confirm(Proposal(self.subtasks[index], plan, rows))
+        if isinstance(choice, Edit):
+            self._record(
+                "correction",
+                subtask={"from": self.subtasks[index], "to": choice.subtask},
+                motion_plan={"from": plan, "to": choice.motion_plan},
+                rows=rows,
+            )
+            self.subtasks[index], self.edit = choice.subtask, choice
+            return False
+        if not choice:
+            self._record("dropped", reason="declined by the operator")
+        return choice
 
     def _execute(
         self, rows: Iterable[Sequence[float]], answer: Answer, start: Callable[[], MotionStart]
@@ -286,9 +305,9 @@ class _Episode:
         frame = self.parts.camera.latest(MAX_FRAME_AGE_S, FRAME_TIMEOUT_S)
         return frame, self.parts.recorder.frame(frame)
 
-    def _asked(self, deadline_s: float) -> Asked:
+    def _asked(self, deadline_s: float, edit: Edit | None = None) -> Asked:
         seed = None if self.config.seed is None else (self.config.seed * 1009 + self.cycles) % 2**31
-        return Asked(episode_id=self.config.episode_id, deadline_s=deadline_s, seed=seed)
+        return Asked(self.config.episode_id, deadline_s, seed, edit.motion_plan if edit is not None else None)
 
     def _patiently(self, ask: Callable[[], SubtasksAnswer]) -> SubtasksAnswer:
         """Asks again, a few times, when the server is only busy."""

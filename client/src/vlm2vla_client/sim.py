@@ -15,6 +15,7 @@ from vlm2vla_client.animation import Animation
 from vlm2vla_client.cameras.twin import TwinCamera
 from vlm2vla_client.clock import Clock
 from vlm2vla_client.config import make_limits
+from vlm2vla_client.confirm import Confirm
 from vlm2vla_client.episode import EpisodeResult, LoopConfig, Parts
 from vlm2vla_client.errors import ConfigurationError
 from vlm2vla_client.executor import Executor
@@ -78,7 +79,7 @@ class SimRequest:
     realtime: bool = False
     animate: bool = True
     limits: Mapping[str, Any] = field(default_factory=dict)
-    confirm: Callable[[str | None, Sequence[Sequence[float]]], bool] | None = None
+    confirm: Confirm | None = None
 
 
 @dataclass

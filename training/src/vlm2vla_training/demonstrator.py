@@ -68,8 +68,9 @@ class Demonstrator:
         for goal in self._goals:
             yield from self._aim(Skill("move", goal.object))
             if self._random.random() < self._style.miss:
-                yield from self._miss()
-            yield from self._skill(Skill("grasp", goal.object))
+                yield from self._miss(goal.object)
+            if not self._world.grasped(goal.object):
+                yield from self._skill(Skill("grasp", goal.object))
             yield from self._skill(Skill("lift", goal.object))
             if goal.target is not None:
                 yield from self._aim(Skill("carry", goal.object, goal.target))
@@ -108,19 +109,22 @@ class Demonstrator:
         angle, radius = self._random.uniform(0.0, 2 * np.pi), self._random.uniform(least_m, most_m)
         return [float(radius * np.cos(angle)), float(radius * np.sin(angle))]
 
-    def _miss(self) -> Iterator[Row]:
-        """Close too high, or beside the object, and open again right there."""
+    def _miss(self, thing: str) -> Iterator[Row]:
+        """Close too high, far beside the object or just beside it, and open again right there; what was caught after
+        all is kept."""
         x, y = (float(value) for value in self.goal_m[:2])
-        too_high = self._random.random() < 0.5
-        if too_high:
+        kind = str(self._random.choice(["high", "beside", "near", "near"]))
+        if kind == "high":
             place = (x, y, float(self._random.uniform(0.040, 0.055)))
         else:
-            dx, dy = self._disc(0.05, 0.06)
-            beside = (x + dx, y + dy)
-            yield from self._along([Waypoint((*beside, HOVER_M), True)])
-            place = (*beside, GRASP_M)
+            # Near is what a policy that aims badly does: the fingers push the object, or close on its end.
+            dx, dy = self._disc(0.05, 0.06) if kind == "beside" else self._disc(0.016, 0.035)
+            place = (x + dx, y + dy, GRASP_M)
+            if kind == "beside":
+                yield from self._along([Waypoint((*place[:2], HOVER_M), True)])
         yield from self._along([Waypoint(place, True), Waypoint(place, False)])
-        yield from self._opened(rising_next=not too_high)
+        if not self._world.grasped(thing):
+            yield from self._opened(rising_next=kind != "high")
 
     def _release(self, skill: Skill) -> Iterator[Row]:
         yield from self._opened(rising_next=True)

@@ -188,13 +188,14 @@ class Stills:
     """Pictures uint8 [N, 112, 112, 3], what is true of each, and where each of K things shows and stands.
 
     ``pixels`` [N, K, 2] are fractions of width and height, NaN for a thing that is not there; ``where`` [N, K, 3] is in
-    decimetres.
+    decimetres; ``held`` [N, K] is 1 for what the gripper holds, and its first column how far the gripper is open.
     """
 
     pictures: NDArray[np.uint8]
     truths: list[Truth]
     pixels: NDArray[np.float32]
     where: NDArray[np.float32]
+    held: NDArray[np.float32]
 
     @classmethod
     def load(cls, folder: Path, most: int | None = None) -> Stills:
@@ -217,12 +218,15 @@ class Stills:
             )
         pixels = np.full((count, len(THINGS), 2), np.nan, dtype=np.float32)
         where = np.zeros((count, len(THINGS), 3), dtype=np.float32)
+        held = np.array(
+            [[truth.gripper_fraction, *(truth.held == n for n in THINGS[1:])] for truth in truths], np.float32
+        )
         for index, truth in enumerate(truths):
             for name, place in truth.pixels.items():
                 slot = THINGS.index(name)
                 pixels[index, slot] = place
                 where[index, slot] = np.asarray(truth.position(name.removeprefix("card "))) * 10.0
-        return cls(np.concatenate(pictures), truths, pixels, where)
+        return cls(np.concatenate(pictures), truths, pixels, where, held)
 
     def dense_targets(self, picks: NDArray[np.int64]) -> DenseTargets:
         """What the tower's dense heads are taught about the picked stills."""
@@ -238,6 +242,7 @@ class Stills:
         return DenseTargets(
             torch.from_numpy(distance < REACH), torch.from_numpy((aside * PATCHES).astype(np.float32)),
             torch.from_numpy(there), torch.from_numpy(values), torch.from_numpy(_digits(values)),
+            torch.from_numpy(self.held[picks]),
         )  # fmt: skip
 
 
@@ -248,7 +253,7 @@ class DenseTargets:
     ``here`` [B, 64, K]: which things a patch shows, ``aside`` [B, 64, K, 2] how many patches right and below its middle
     each lies. Every image token is also the slot of one thing: ``there`` [B, 16] says whether that thing is in the
     picture, ``values`` [B, 16, 7] in decimetres its offset from the gripper, the height of the point above and its
-    position, and ``digits`` [B, 16, 7, 4] the same as decimal digits.
+    position, and ``digits`` [B, 16, 7, 4] the same as decimal digits. ``held`` [B, K] as in :class:`Stills`.
     """
 
     here: Tensor
@@ -256,6 +261,7 @@ class DenseTargets:
     there: Tensor
     values: Tensor
     digits: Tensor
+    held: Tensor
 
 
 SLOTS = np.arange(IMAGE_TOKENS) % len(THINGS)
@@ -414,6 +420,7 @@ class DenseHeads(nn.Module):
         super().__init__()
         self.here = nn.Linear(width, len(THINGS))
         self.aside = nn.Linear(width, 2 * len(THINGS))
+        self.held = nn.Linear(width, len(THINGS))
         self.there = nn.Linear(width, 1)
         self.value = nn.Linear(width, 7)
         self.digit = nn.Linear(width, 7 * sum(DIGIT_CLASSES))
@@ -425,6 +432,8 @@ class DenseHeads(nn.Module):
         shows = binary(self.here(patches), targets.here.float(), pos_weight=torch.tensor(8.0))
         aside = self.aside(patches).unflatten(-1, (len(THINGS), 2))[targets.here]
         shows = shows + 2.0 * smooth(aside, targets.aside[targets.here], beta=0.1)
+        held = targets.held[:, None].expand_as(targets.here)[targets.here]
+        shows = shows + binary(self.held(patches)[targets.here], held, pos_weight=torch.tensor(2.0))
         slots = patches.view(-1, TOKENS, 2, TOKENS, 2, patches.shape[-1]).mean(dim=(2, 4)).flatten(1, 2)
         shows = shows + 0.5 * binary(self.there(slots)[..., 0], targets.there.float())
         slots, values, digits = slots[targets.there], targets.values[targets.there], targets.digits[targets.there]
@@ -471,7 +480,7 @@ def train(stills: Stills, held_out: Stills, out: Path, settings: Settings) -> di
                 print(line, flush=True)
             if step % 250 == 249 or step == total - 1:
                 run.save(step + 1)
-    spread_unsaid(run.model, run.said, settings.seed)
+    spread_unmet(run.model, run.met, settings.seed)
     metrics = offset_errors(run.model, run.tokenizer, held_out, most=400)
     save_base(run.model, run.tokenizer, out / "base", {**asdict(settings), "stills": len(stills.truths)}, metrics)
     return metrics
@@ -515,13 +524,13 @@ class Run:
                 layer.compile(dynamic=False)
             for layer in self.model.model.language_model.layers:
                 layer.compile(dynamic=True)
-        self.start, self.said = 0, torch.zeros(self.model.config.text_config.vocab_size, dtype=torch.bool)
+        self.start, self.met = 0, torch.zeros(self.model.config.text_config.vocab_size, dtype=torch.bool)
         if self.state.exists():
             saved = torch.load(self.state, weights_only=True)
             self.model.load_state_dict(saved["model"])
             self.heads.load_state_dict(saved["heads"])
             self.optimizer.load_state_dict(saved["optimizer"])
-            self.start, self.said = int(saved["step"]), saved["said"]
+            self.start, self.met = int(saved["step"]), saved["met"]
 
     def set_learning_rates(self, step: int) -> None:
         """Warm-up and cosine, once for the tower alone and once for everything; the tower is then changed gently."""
@@ -552,7 +561,7 @@ class Run:
         self._states.clear()
         seen, positions = independent_turns(batch)
         told = batch.labels[:, 1:] != -100
-        self.said[batch.labels[:, 1:][told]] = True
+        self.met[batch.input_ids] = True
         with torch.autocast("cpu", dtype=torch.bfloat16):
             output = self.model.model(
                 input_ids=batch.input_ids, attention_mask={"full_attention": seen, "sliding_attention": seen},
@@ -588,31 +597,30 @@ class Run:
             "heads": self.heads.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": step,
-            "said": self.said,
+            "met": self.met,
         }
         torch.save(state, part)
         part.replace(self.state)
 
 
 @torch.no_grad()
-def spread_unsaid(model: Gemma3ForConditionalGeneration, said: Tensor, seed: int) -> None:
-    """Give the tokens that never stood in an answer (``said`` [vocabulary] is False) directions of their own again.
+def spread_unmet(model: Gemma3ForConditionalGeneration, met: Tensor, seed: int) -> None:
+    """Give the tokens that stood in no question and no answer (``met`` [vocabulary] is False) directions of their own.
 
     The loss only ever pushes them down, all the same way, until no two can be told apart (cosine 0.99). Embeddings are
     tied, and an adapter does not change them: it could then say none of these words clearly, such as a verdict's true
     and false. What is left of the common direction keeps the base from saying them.
     """
     weights = model.get_input_embeddings().weight
-    unsaid = ~said
-    if not bool(unsaid.any()):
+    if bool(met.all()):
         return
     normalize = nn.functional.normalize
-    common = normalize(weights[unsaid].mean(dim=0), dim=0)
-    own = torch.randn(int(unsaid.sum()), weights.shape[1], generator=torch.Generator().manual_seed(seed))
-    weights[unsaid] = (common + UNSAID_NORM * normalize(own, dim=1)).to(weights.dtype)
+    common = normalize(weights[~met].mean(dim=0), dim=0)
+    own = torch.randn(int((~met).sum()), weights.shape[1], generator=torch.Generator().manual_seed(seed))
+    weights[~met] = (common + UNMET_NORM * normalize(own, dim=1)).to(weights.dtype)
 
 
-UNSAID_NORM = 1.2
+UNMET_NORM = 1.2
 """Of their own part; the embeddings of words that are said have about as much."""
 
 

@@ -54,11 +54,13 @@ class Asked:
         episode_id: rows of another episode are dropped.
         seed: base seed of this request, or None to leave it to the policy.
         deadline_s: seconds from now within which the answer must be complete.
+        motion_plan: the operator's; the policy's rows follow it instead of a plan of its own.
     """
 
     episode_id: str
     deadline_s: float
     seed: int | None = None
+    motion_plan: str | None = None
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class Policy(Protocol):
         ...
 
     def cycle(self, frame: Frame, subtask: str, asked: Asked) -> Iterator[CycleEvent]:
-        """Motion plan, then rows, then exactly one ``Answered``.
+        """Motion plan (the operator's, when ``asked`` has one), then rows, then exactly one ``Answered``.
 
         Raises:
             PolicyError: while iterating; rows already yielded belong to a failed answer.

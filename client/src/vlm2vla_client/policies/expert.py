@@ -59,9 +59,9 @@ class ExpertPolicy:
             raise _unusable(error) from None
 
     def cycle(self, frame: Frame, subtask: str, asked: Asked) -> Iterator[CycleEvent]:
-        """The demonstrator's plan and rows."""
+        """The demonstrator's plan and rows; it does what it sees fit, whatever plan an operator gives."""
         try:
-            plan = parse_motion_plan(self._text(lambda: self._demonstrator.motion_plan(subtask)))
+            plan = parse_motion_plan(asked.motion_plan or self._text(lambda: self._demonstrator.motion_plan(subtask)))
             yield PlanArrived(plan)
             text = self._text(lambda: self._demonstrator.actions(subtask, plan))
             rows = parse_actions(text).rows

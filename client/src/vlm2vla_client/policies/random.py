@@ -44,7 +44,7 @@ class RandomPolicy:
 
     def cycle(self, frame: Frame, subtask: str, asked: Asked) -> Iterator[CycleEvent]:
         """One random chunk."""
-        plan = "move somewhere"
+        plan = asked.motion_plan or "move somewhere"
         yield PlanArrived(plan)
         rows = []
         for index in range(int(self._rng.integers(1, MAX_ROWS + 1))):

@@ -122,11 +122,16 @@ class ServerPolicy:
         return SubtasksAnswer(validated(SubtasksResponse, answer).subtasks, answer)
 
     def cycle(self, frame: Frame, subtask: str, asked: Asked) -> Iterator[CycleEvent]:
-        """POST /cycle, or /actions for an adapter without the motion plan stage; rows as the server decodes them."""
-        planning = "motion_plan" in self.info().stages
+        """POST /cycle, or /actions for the operator's motion plan and for an adapter without that stage; rows as the
+        server decodes them."""
+        plans = "motion_plan" in self.info().stages
+        given = asked.motion_plan if plans else None
+        planning = plans and given is None
         fields = {**self._common(frame, asked), "subtask": subtask}
         if not planning:
-            fields["motion_plan"] = None
+            fields["motion_plan"] = given
+        if given is not None:
+            yield PlanArrived(given)
         path = "/cycle" if planning else "/actions"
         images = {"image": encode_jpeg(frame.image)}
         rows: list[list[float]] = []
@@ -166,7 +171,7 @@ class ServerPolicy:
         done = validated(DoneEvent, line) if planning else validated(ActionsDoneEvent, line)
         if rows and done.actions != rows:
             raise ProtocolMismatchError("the final answer differs from the rows that were streamed", code="bad_answer")
-        plan = done.motion_plan if isinstance(done, DoneEvent) else None
+        plan = done.motion_plan if isinstance(done, DoneEvent) else fields["motion_plan"]
         return Answered(done.actions, plan, str(fields["episode_id"]), line)
 
     def _common(self, frame: Frame, asked: Asked) -> dict[str, Any]:
