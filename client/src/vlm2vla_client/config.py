@@ -34,7 +34,7 @@ ROBOTS = ("twin", "widowx", "bridge", "replay")
 CAMERAS = ("twin", "realsense", "video", "images")
 VERIFIERS = ("gemini", "server", "human", "twin", "none")
 POLICIES = ("server", "expert", "random", "swapped")
-ARM_TABLES = ("widowx", "bridge")
+PHYSICAL_ROBOTS = ARM_TABLES = ("widowx", "bridge")
 _TABLES = ", ".join(f"[{name}]" for name in ("limits", *ARM_TABLES))
 _TEXT_KEYS = ("server", "api_key", "model", "robot", "camera", "verifier")
 

@@ -6,7 +6,7 @@ It has been run against doubles of the arms' drivers, never on an arm.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +14,11 @@ from typing import Any, Literal
 from vlm2vla_client.cameras.base import Camera
 from vlm2vla_client.clock import Clock, SystemClock
 from vlm2vla_client.config import ClientConfig, make_limits
+from vlm2vla_client.confirm import Confirm
 from vlm2vla_client.episode import EpisodeResult, LoopConfig, Parts
-from vlm2vla_client.errors import ConfigurationError
+from vlm2vla_client.errors import ConfigurationError, NotBuiltError
 from vlm2vla_client.executor import Executor
+from vlm2vla_client.http import ServerConnection
 from vlm2vla_client.loop import run_episode
 from vlm2vla_client.moves import Moves
 from vlm2vla_client.policies.base import Policy, Scenario
@@ -27,9 +29,10 @@ from vlm2vla_client.robots.bridge import BridgeRobot, BridgeSettings
 from vlm2vla_client.robots.widowx import WidowXRobot, WidowXSettings
 from vlm2vla_client.safety import Limits
 from vlm2vla_client.verifiers.base import Verifier
+from vlm2vla_client.verifiers.chain import ChainVerifier
+from vlm2vla_client.verifiers.none import NoVerifier
+from vlm2vla_client.verifiers.server import ServerVerifier
 from vlm2vla_client.watch import Watch
-
-Confirm = Callable[[str | None, Sequence[Sequence[float]]], bool]
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,24 @@ def make_robot(name: str, config: ClientConfig) -> tuple[Robot, str]:
         bridge = BridgeSettings.from_table(config.arms.get("bridge", {}))
         return BridgeRobot(bridge), f"{bridge.host}:{bridge.port}"
     raise ConfigurationError(f"unknown physical robot {name!r}; known are widowx, bridge")
+
+
+def make_camera(robot: str, name: str) -> Camera:
+    """The camera that looks at an arm's bench, not yet started. Raises NotBuiltError."""
+    raise NotBuiltError(f"the robot {robot!r} needs a camera on its bench, and {name!r} is not built yet; use --sim")
+
+
+def make_verifier(names: Sequence[str], connection: ServerConnection, model: str | None) -> Verifier:
+    """The chain of verifiers by their names. Raises ConfigurationError for one that needs the twin, or is not built."""
+    members: list[Verifier] = []
+    for name in names:
+        if name == "server":
+            members.append(ServerVerifier(connection, model=model))
+        elif name == "none":
+            members.append(NoVerifier())
+        else:
+            raise ConfigurationError(f"the verifier {name!r} cannot judge a physical bench yet; use server or none")
+    return ChainVerifier(members)
 
 
 def physical_limits(overrides: Mapping[str, Any]) -> Limits:
