@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -16,7 +18,7 @@ from arm_bench import FLAVOURS, ArmBench, FloatArray, first_error, patiently, st
 from vlm2vla_client.errors import ConfigurationError, RobotError
 from vlm2vla_client.executor import Outcome
 from vlm2vla_client.robots.base import Robot
-from vlm2vla_client.robots.widowx import WidowXSettings, infer_contacts
+from vlm2vla_client.robots.widowx import ARM_PROCESS, WidowXSettings, infer_contacts
 from vlm2vla_client.robots.widowx_arm_process import Gripper
 from vlm2vla_twin.kinematics import DOWN, forward
 
@@ -202,6 +204,47 @@ def test_fingers_that_move_the_wrong_way_are_stopped() -> None:
     gripper.tick(0.020)
     assert gripper.problem is not None and "against the command" in gripper.problem
     assert core.written == [250.0, 0.0]
+
+
+def test_the_arm_process_needs_python_3_8_numpy_and_interbotix_only() -> None:
+    tree = ast.parse(ARM_PROCESS.read_text(), feature_version=(3, 8))
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").split(".")[0])
+        # These need a newer Python when they run, not when they are parsed.
+        newer = ("removeprefix", "removesuffix", "bit_count", "is_relative_to")
+        assert not (isinstance(node, ast.Attribute) and node.attr in newer), node.lineno
+        assert not (isinstance(node, ast.keyword) and node.arg in ("strict", "slots", "kw_only")), node.value.lineno
+    others = names - set(sys.stdlib_module_names)
+    assert others == {"numpy", "interbotix_xs_modules", "interbotix_common_modules"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"not json", b"[]", b'{"op": 3}', b'{"op": "dance", "id": 1}', b'{"op": "command", "id": 1}',
+     b'{"op": "command", "id": 1, "position_m": [0.3, 0, 0.1], "rotation": [1,0,0,0,1,0,0,0,9], "duration_s": 1}',
+     b'{"op": "command", "id": 1, "position_m": [NaN, 0, 0.1], "rotation": [1,0,0,0,1,0,0,0,1], "duration_s": 1}'],
+)
+def test_a_line_that_is_no_request_moves_nothing(tmp_path: Path, line: bytes) -> None:
+    with ArmBench(tmp_path, "ros1") as bench:
+        process = bench.robot._pipe._process
+        assert process is not None and process.stdin is not None
+        os.write(process.stdin.fileno(), line + b"\n")
+        time.sleep(0.15)
+        assert bench.robot._pipe.running and not bench.logged("group")
+
+
+def test_a_line_without_end_closes_the_connection_and_the_arm_holds(tmp_path: Path) -> None:
+    with ArmBench(tmp_path, "ros1") as bench:
+        moving(bench)
+        process = bench.robot._pipe._process
+        assert process is not None and process.stdin is not None
+        os.write(process.stdin.fileno(), b"x" * 6000)
+        wait_until(lambda: len(bench.logged("group")) == 2, 2.0)
+        assert "arm process ended" in str(first_error(bench.robot, 5.0, "ended")[1])
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------
