@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import math
 import os
 import signal
@@ -296,6 +297,25 @@ def test_a_silent_arm_process_is_seen_and_holds_when_it_wakes(tmp_path: Path) ->
         bench.robot._pipe._stop.set()  # a client that ends after such an error beats no more
         bench.signal(signal.SIGCONT)
         wait_until(lambda: len(bench.logged("group")) == 2, 2.0)
+
+
+def test_no_call_waits_for_an_arm_process_that_does_not_answer(tmp_path: Path) -> None:
+    with ArmBench(tmp_path, "ros1") as bench:
+        position, rotation = bench.position(), turned(bench)
+        calls = {
+            "state": bench.robot.state,
+            "contacts": bench.robot.contacts,
+            "command": lambda: bench.robot.command(position + by(0.0, 0.01, 0.0), rotation, 0.1),
+            "set_gripper": lambda: bench.robot.set_gripper(False, 1.0),
+            "hold": lambda: bench.robot.hold("test"),
+        }
+        bench.signal(signal.SIGSTOP)
+        for name, call in calls.items():
+            begun_s = time.monotonic()
+            with contextlib.suppress(RobotError):
+                call()
+            assert time.monotonic() - begun_s < 0.05 + SLACK_S, name
+        bench.signal(signal.SIGCONT)
 
 
 def test_the_arm_holds_by_itself_when_the_heartbeat_stops(tmp_path: Path) -> None:
