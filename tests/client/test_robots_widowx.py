@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -302,7 +303,7 @@ def test_a_silent_arm_process_is_seen_and_holds_when_it_wakes(tmp_path: Path) ->
 def test_no_call_waits_for_an_arm_process_that_does_not_answer(tmp_path: Path) -> None:
     with ArmBench(tmp_path, "ros1") as bench:
         position, rotation = bench.position(), turned(bench)
-        calls = {
+        calls: dict[str, Callable[[], object]] = {
             "state": bench.robot.state,
             "contacts": bench.robot.contacts,
             "command": lambda: bench.robot.command(position + by(0.0, 0.01, 0.0), rotation, 0.1),

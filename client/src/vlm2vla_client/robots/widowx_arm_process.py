@@ -450,11 +450,11 @@ class Server:
     def _read(self) -> None:
         buffer = b""
         try:
-            while len(buffer) <= MAX_LINE_BYTES:  # nobody we know writes longer lines
+            while True:
                 piece = os.read(0, 65536)
-                if not piece:
-                    return
                 *lines, buffer = (buffer + piece).split(b"\n")
+                if not piece or max(len(line) for line in [*lines, buffer]) > MAX_LINE_BYTES:
+                    return  # nobody we know writes longer lines
                 for line in lines:
                     self._one(line)
         finally:
