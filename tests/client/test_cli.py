@@ -64,8 +64,8 @@ def test_wrong_usage_exits_2(arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--task", "t"], "widowx"),
-        (["--task", "t", "--robot", "bridge", "--camera", "twin"], "bridge"),
+        (["--task", "t", "--verifier", "none"], "widowx"),
+        (["--task", "t", "--robot", "bridge", "--camera", "twin", "--verifier", "none"], "bridge"),
         (["--task", "t", "--robot", "replay", "--camera", "twin"], "replay EPISODE"),
         (["--task", "t", "--robot", "twin"], "realsense"),
         (["--task", "t", "--sim", "--camera", "video"], "video"),

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from rich.console import Console
 
-from vlm2vla_client.config import ClientConfig, check_server_url, load_config, split_verifiers
+from vlm2vla_client import physical
+from vlm2vla_client.commissioning import is_commissioned, restrain
+from vlm2vla_client.config import PHYSICAL_ROBOTS, ClientConfig, check_server_url, load_config, split_verifiers
 from vlm2vla_client.confirm import confirm_on_terminal
 from vlm2vla_client.episode import EpisodeResult
 from vlm2vla_client.errors import ConfigurationError, NotBuiltError, ProtocolMismatchError
 from vlm2vla_client.http import ServerConnection
 from vlm2vla_client.pictures import read_picture
 from vlm2vla_client.policies.base import PolicyInfo
+from vlm2vla_client.policies.random import RandomPolicy
+from vlm2vla_client.policies.server import ServerPolicy
 from vlm2vla_client.progress import ConsoleProgress, Progress, SilentProgress
 from vlm2vla_client.recorder import new_episode_folder, plain
+from vlm2vla_client.verifiers.chain import MEMBER_DEADLINE_S
 from vlm2vla_client.verifiers.outside import close_outside, open_outside
 from vlm2vla_client.view import write_view
 from vlm2vla_schema.images import encode_jpeg, to_base64
 from vlm2vla_schema.messages import MAX_IMAGES, VqaResponse
 
 VQA_DEADLINE_S = 60.0
+READY_WAIT_S = 120.0
 SIM_EXTRA = "the twin needs its simulator: pip install 'vlm2vla-client[sim]'"
 
 
@@ -71,15 +78,64 @@ def run(arguments: argparse.Namespace) -> int:
     robot = arguments.robot or ("twin" if arguments.sim else config.robot)
     camera = arguments.camera or ("twin" if arguments.sim else config.camera)
     verifiers = split_verifiers(arguments.verifier or ("server" if arguments.sim else config.verifier))
-    for kind, name in (("robot", robot), ("camera", camera)):
-        if name != "twin":
-            hint = "; `vlm2vla-client replay EPISODE` moves a recording again" if name == "replay" else ""
-            raise NotBuiltError(f"the {kind} {name!r} is not built yet; use --sim for the twin{hint}")
+    if robot == "replay":
+        raise NotBuiltError("no run has the robot 'replay'; `vlm2vla-client replay EPISODE` moves a recording again")
+    if robot not in PHYSICAL_ROBOTS and camera != "twin":
+        raise NotBuiltError(f"the camera {camera!r} does not see the twin; use --sim")
     if not arguments.task.strip() or len(arguments.task) > 2000 or not _is_text(arguments.task):
         raise ConfigurationError("--task must be 1..2000 characters of text")
     if arguments.confirm and arguments.execute == "streamed":
         raise ConfigurationError("--confirm needs --execute whole: a chunk is confirmed before it starts")
+    if robot in PHYSICAL_ROBOTS:
+        return _run_on_arm(arguments, config, robot, camera, verifiers)
     return _run_in_twin(arguments, config, verifiers)
+
+
+def _run_on_arm(
+    arguments: argparse.Namespace, config: ClientConfig, robot: str, camera: str, verifiers: tuple[str, ...]
+) -> int:
+    """A physical run: everything that can be refused is refused before the arm is touched."""
+    if arguments.policy not in ("server", "random"):
+        raise ConfigurationError(f"the policy {arguments.policy!r} needs the twin; a physical arm follows server")
+    arm, arm_name = physical.make_robot(robot, config)
+    eye = physical.make_camera(robot, camera)
+    limits = physical.physical_limits(config.limits)
+    confirm, speed = restrain(arguments.confirm, arguments.speed, is_commissioned(robot, arm_name))
+    if (confirm, speed) != (arguments.confirm, arguments.speed):
+        print(f"{robot} {arm_name} was never commissioned: --confirm --speed {speed:g} apply", file=sys.stderr)
+    if confirm and arguments.execute == "streamed":
+        raise ConfigurationError("--confirm needs --execute whole: a chunk is confirmed before it starts")
+    outside = open_outside(verifiers, config.gemini, config.folder, consent=arguments.gemini_consent)
+    connection, model = connect(arguments, config), arguments.model or config.model
+    try:
+        verifier = physical.make_verifier(verifiers, connection, model, outside)
+        connection.wait_ready(READY_WAIT_S)
+        policy = ServerPolicy(connection, model=model) if arguments.policy == "server" else RandomPolicy(arguments.seed)
+        refuse_untrained(policy.info(), True, arguments.allow_untrained, arguments.confirm)
+        request = physical.PhysicalRun(
+            task=arguments.task,
+            scenario=arguments.scenario or "out_of_distribution",
+            seed=arguments.seed,
+            execute=arguments.execute,
+            speed=speed,
+            max_cycles=arguments.max_cycles,
+            dry_run=arguments.dry_run,
+            confirm=confirm_on_terminal if confirm else None,
+            verify_deadline_s=MEMBER_DEADLINE_S * len(verifiers),
+        )
+        folder = new_episode_folder(arguments.record, arguments.task)
+        try:
+            result = physical.run_on_arm(
+                request, arm, eye, policy, verifier, limits, folder, _progress(arguments.json)
+            )
+        except BaseException:
+            _remove_if_empty(folder)
+            raise
+    finally:
+        connection.close()
+        close_outside(outside)
+    _report(arguments.json, result, folder)
+    return result.exit_code
 
 
 def _run_in_twin(arguments: argparse.Namespace, config: ClientConfig, verifiers: tuple[str, ...]) -> int:

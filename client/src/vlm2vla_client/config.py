@@ -8,6 +8,9 @@
     [gemini]              # see verifiers/gemini_settings.py
     model = "gemini-2.5-pro"
 
+    [widowx]              # how its driver is reached: robots/widowx.py; [bridge]: robots/bridge.py
+    setup = ["/opt/ros/noetic/setup.bash"]
+
 ``limits.toml`` beside it holds what was measured on this bench (``counter_z_m``, ``wall_x_m``) and any other field of
 ``Limits``; a table ``[limits]`` in client.toml does the same. An unknown key is an error, so that a misspelt limit is
 never silently ignored. The API key may also come from ``VLM2VLA_API_KEY``, which keeps it out of files and process

@@ -33,7 +33,7 @@ from vlm2vla_client.robots.twin import TwinClock, TwinRobot
 from vlm2vla_client.safety import Limits
 from vlm2vla_client.scenes import SceneChoice, choose_scene
 from vlm2vla_client.verifiers.base import Verifier
-from vlm2vla_client.verifiers.chain import ChainVerifier
+from vlm2vla_client.verifiers.chain import MEMBER_DEADLINE_S, ChainVerifier
 from vlm2vla_client.verifiers.none import NoVerifier
 from vlm2vla_client.verifiers.server import ServerVerifier
 from vlm2vla_client.verifiers.twin import TruthCamera, TwinVerifier
@@ -47,7 +47,6 @@ from vlm2vla_twin.tasks import Judge
 SWAPPED_SEED_SHIFT = 7919
 REST_BEFORE_JUDGING_S = 1.5
 READY_WAIT_S = 120.0
-VERIFY_DEADLINE_S = 60.0  # for each member of the chain
 
 
 @dataclass(frozen=True)
@@ -278,7 +277,7 @@ def _loop_config(request: SimRequest, limits: Limits) -> LoopConfig:
         max_cycles=request.max_cycles,
         max_cycles_per_subtask=request.max_cycles_per_subtask,
         max_answer_age_s=limits.max_answer_age_s,
-        verify_deadline_s=VERIFY_DEADLINE_S * len(request.verifiers),
+        verify_deadline_s=MEMBER_DEADLINE_S * len(request.verifiers),
         seed=request.choice.seed,
         dry_run=request.dry_run,
         recorded=_recorded(request),

@@ -11,6 +11,9 @@ from vlm2vla_schema.types import Frame, Verdict
 
 OnFailure = Callable[[str, VerifierError], None]
 
+MEMBER_DEADLINE_S = 60.0
+"""Seconds that a verdict may take for each member of a chain."""
+
 
 class ChainVerifier:
     """Asks each verifier up to ``attempts`` times before it turns to the next.

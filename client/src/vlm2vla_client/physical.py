@@ -1,0 +1,163 @@
+"""An episode on a physical arm, assembled: what ``run --robot widowx`` and ``run --robot bridge`` are made of.
+
+It has been run against doubles of the arms' drivers, never on an arm.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vlm2vla_client.cameras.base import Camera
+from vlm2vla_client.clock import Clock, SystemClock
+from vlm2vla_client.config import ClientConfig, make_limits
+from vlm2vla_client.confirm import Confirm
+from vlm2vla_client.episode import EpisodeResult, LoopConfig, Parts
+from vlm2vla_client.errors import ConfigurationError, NotBuiltError
+from vlm2vla_client.executor import Executor
+from vlm2vla_client.http import ServerConnection
+from vlm2vla_client.loop import run_episode
+from vlm2vla_client.moves import Moves
+from vlm2vla_client.policies.base import Policy, Scenario
+from vlm2vla_client.progress import Progress
+from vlm2vla_client.recorder import Recorder
+from vlm2vla_client.robots.base import Robot
+from vlm2vla_client.robots.bridge import BridgeRobot, BridgeSettings
+from vlm2vla_client.robots.widowx import WidowXRobot, WidowXSettings
+from vlm2vla_client.safety import Limits
+from vlm2vla_client.verifiers.base import Verifier
+from vlm2vla_client.verifiers.chain import ChainVerifier
+from vlm2vla_client.verifiers.none import NoVerifier
+from vlm2vla_client.verifiers.server import ServerVerifier
+from vlm2vla_client.watch import Watch
+
+
+@dataclass(frozen=True)
+class PhysicalRun:
+    """One episode, as asked for; the names are those of the command line."""
+
+    task: str
+    scenario: Scenario = "out_of_distribution"
+    seed: int | None = None
+    execute: Literal["whole", "streamed"] = "whole"
+    speed: float = 1.0
+    max_cycles: int = 30
+    dry_run: bool = False
+    confirm: Confirm | None = None
+    verify_deadline_s: float = 60.0
+
+
+def make_robot(name: str, config: ClientConfig) -> tuple[Robot, str]:
+    """The arm by its name, not yet connected, and what it is called in the record of its commissioning.
+
+    Raises:
+        ConfigurationError: an unknown name, or a table of client.toml that cannot be right.
+    """
+    if name == "widowx":
+        widowx = WidowXSettings.from_table(config.arms.get("widowx", {}))
+        return WidowXRobot(widowx), widowx.name
+    if name == "bridge":
+        bridge = BridgeSettings.from_table(config.arms.get("bridge", {}))
+        return BridgeRobot(bridge), f"{bridge.host}:{bridge.port}"
+    raise ConfigurationError(f"unknown physical robot {name!r}; known are widowx, bridge")
+
+
+def make_camera(robot: str, name: str) -> Camera:
+    """The camera that looks at an arm's bench, not yet started. Raises NotBuiltError."""
+    raise NotBuiltError(f"the robot {robot!r} needs a camera on its bench, and {name!r} is not built yet; use --sim")
+
+
+def make_verifier(
+    names: Sequence[str], connection: ServerConnection, model: str | None, outside: Mapping[str, Verifier]
+) -> Verifier:
+    """The chain of verifiers by their names; ``outside`` holds gemini and human, ready to be asked.
+
+    Raises:
+        ConfigurationError: one that needs the twin.
+    """
+    members: list[Verifier] = []
+    for name in names:
+        if name in outside:
+            members.append(outside[name])
+        elif name == "server":
+            members.append(ServerVerifier(connection, model=model))
+        elif name == "none":
+            members.append(NoVerifier())
+        else:
+            raise ConfigurationError(f"the verifier {name!r} cannot judge a physical bench; use gemini, human or server")
+    return ChainVerifier(members)
+
+
+def physical_limits(overrides: Mapping[str, Any]) -> Limits:
+    """The bench's limits. Raises ConfigurationError when nobody has measured where its counter and wall are."""
+    missing = [key for key in ("counter_z_m", "wall_x_m") if key not in overrides]
+    if missing:
+        raise ConfigurationError(
+            f"limits.toml lacks {' and '.join(missing)}: measure the counter's height and the wall's distance in the "
+            "arm's base frame and give them to `vlm2vla-client configure`; a physical arm does not move without them"
+        )
+    return make_limits(overrides, counter_z_m=float(overrides["counter_z_m"]), wall_x_m=float(overrides["wall_x_m"]))
+
+
+def run_on_arm(
+    request: PhysicalRun,
+    robot: Robot,
+    camera: Camera,
+    policy: Policy,
+    verifier: Verifier,
+    limits: Limits,
+    folder: Path,
+    progress: Progress,
+    clock: Clock | None = None,
+) -> EpisodeResult:
+    """Connects, runs and records one episode; blocks until it ends. The arm holds afterwards, whatever happened.
+
+    Raises:
+        ClientError: before anything moved (no driver, no camera, no server). Later faults end in the result.
+    """
+    clock = clock or SystemClock()
+    name = robot.capabilities.name
+    try:
+        robot.connect()
+        camera.start()
+        progress.started(request.task, f"{name}, speed {request.speed:g}, policy {policy.info().name}")
+        with Recorder(folder) as recorder:
+            recorder.limits(limits)
+            moves = Moves(recorder, progress, robot, camera, limits)
+            watch = Watch(policy, camera)
+            executor = Executor(robot, clock, limits, watch, speed=request.speed, on_event=moves)
+            parts = Parts(
+                policy=policy,
+                robot=robot,
+                camera=camera,
+                verifier=verifier,
+                executor=executor,
+                moves=moves,
+                watch=watch,
+                clock=clock,
+                recorder=recorder,
+                progress=progress,
+                confirm=request.confirm,
+            )
+            return run_episode(parts, _loop_config(request, limits, name))
+    finally:
+        robot.close()
+        camera.close()
+
+
+def _loop_config(request: PhysicalRun, limits: Limits, robot: str) -> LoopConfig:
+    return LoopConfig(
+        task=request.task,
+        episode_id=uuid.uuid4().hex,
+        scenario=request.scenario,
+        execute=request.execute,
+        max_cycles=request.max_cycles,
+        max_answer_age_s=limits.max_answer_age_s,
+        verify_deadline_s=request.verify_deadline_s,
+        seed=request.seed,
+        dry_run=request.dry_run,
+        recorded={"robot": robot, "speed": request.speed, "confirmed": request.confirm is not None},
+    )
