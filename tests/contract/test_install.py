@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("shared_schema", "twin", "server", "client", "training")
 MODEL_LIBRARIES = {"torch", "torchvision", "transformers", "peft", "trl", "vllm", "xgrammar", "accelerate", "datasets",
                    "safetensors", "tokenizers", "triton"}
-ROBOT_DRIVERS = {"mujoco", "pyrealsense2", "interbotix-xs-modules", "opencv-python", "google-genai", "glfw",
-                 "vlm2vla-client", "vlm2vla-twin", "vlm2vla-training"}
+ROBOT_DRIVERS = {"mujoco", "pyrealsense2", "interbotix-xs-modules", "opencv-python", "opencv-python-headless",
+                 "google-genai", "glfw", "vlm2vla-client", "vlm2vla-twin", "vlm2vla-training"}
 
 
 def run(*command: str | Path, timeout_s: float = 800) -> str:
@@ -69,6 +69,14 @@ def test_robot_pc_install_pulls_no_model_library(wheels: Path, empty_environment
     assert not names.keys() & MODEL_LIBRARIES
     assert not {name for name in names if name.startswith(("nvidia-", "cuda-"))}
     assert "vlm2vla-server" not in names
+
+
+def test_the_drivers_of_cameras_are_extras_that_pull_no_model_library(wheels: Path, empty_environment: Path) -> None:
+    drivers = {"pyrealsense2", "opencv-python-headless"}
+    assert not would_install(empty_environment, wheels, "vlm2vla-client").keys() & drivers
+    names = would_install(empty_environment, wheels, "vlm2vla-client[realsense,video]")
+    assert drivers <= names.keys()
+    assert not names.keys() & (MODEL_LIBRARIES | {"mujoco", "vlm2vla-server"})
 
 
 def test_server_install_pulls_no_robot_or_camera_driver(wheels: Path, empty_environment: Path) -> None:

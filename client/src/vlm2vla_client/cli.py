@@ -39,13 +39,24 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", metavar="NAME", help="adapter to ask, or 'base' (default: the server's first)")
 
 
+def _add_camera(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("camera")
+    group.add_argument("--camera", choices=CAMERAS, help="default realsense, or client.toml")
+    group.add_argument("--camera-serial", metavar="N", help="realsense: which one, when several are connected")
+    group.add_argument("--camera-file", type=Path, metavar="F", help="video file, folder of pictures, .db3 or .bag")
+    group.add_argument("--camera-device", type=Path, metavar="F", help="v4l2: such as /dev/video0 (the default)")
+    group.add_argument("--camera-fps", type=_rate, metavar="F", help="images: pictures a second (default 5)")
+    group.add_argument("--camera-lock-exposure", action="store_true", help="realsense: fix it after the warm-up")
+    group.add_argument("--camera-repeat", action="store_true", help="a recording begins anew at its end")
+
+
 def _add_run(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     run = subparsers.add_parser("run", help="do a task", description="Does a task and records the episode.")
     run.add_argument("--task", required=True, metavar="TEXT", help='such as "pick up the carrot"')
     run.add_argument("--sim", action="store_true", help="the twin's robot and camera, the server's verifier")
     run.add_argument("--config", type=Path, metavar="FILE", help="client.toml (default: the user's config folder)")
     run.add_argument("--robot", choices=ROBOTS, help="default widowx, or client.toml")
-    run.add_argument("--camera", choices=CAMERAS, help="default realsense, or client.toml")
+    _add_camera(run)
     run.add_argument("--verifier", metavar="NAMES", help=f"one of {', '.join(VERIFIERS)}, or a chain: gemini,human")
     run.add_argument("--policy", choices=POLICIES, default="server")
     run.add_argument("--scenario", choices=("in_distribution", "out_of_distribution"), help="sampling of the subtasks")
@@ -113,6 +124,13 @@ def _seed(text: str) -> int:
     value = int(text)
     if not 0 <= value < 2**31:
         raise argparse.ArgumentTypeError(f"expected 0..{2**31 - 1}, received {value}")
+    return value
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 0.0 < value <= 1000.0:
+        raise argparse.ArgumentTypeError(f"expected above 0 to 1000, received {value}")
     return value
 
 

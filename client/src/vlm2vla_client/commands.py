@@ -12,6 +12,8 @@ from typing import Any
 from pydantic import ValidationError
 from rich.console import Console
 
+from vlm2vla_client.cameras.choose import CameraOptions, open_camera
+from vlm2vla_client.clock import SystemClock
 from vlm2vla_client.config import ClientConfig, check_server_url, load_config, split_verifiers
 from vlm2vla_client.episode import EpisodeResult
 from vlm2vla_client.errors import ConfigurationError, NotBuiltError, ProtocolMismatchError
@@ -83,10 +85,12 @@ def run(arguments: argparse.Namespace) -> int:
     robot = arguments.robot or ("twin" if arguments.sim else config.robot)
     camera = arguments.camera or ("twin" if arguments.sim else config.camera)
     verifiers = split_verifiers(arguments.verifier or ("server" if arguments.sim else config.verifier))
-    for kind, name in (("robot", robot), ("camera", camera)):
-        if name != "twin":
-            hint = "; `vlm2vla-client replay EPISODE` moves a recording again" if name == "replay" else ""
-            raise NotBuiltError(f"the {kind} {name!r} is not built yet; use --sim for the twin{hint}")
+    eye = camera_options(arguments, camera)
+    if robot != "twin":
+        if eye is not None and eye.plays_recording and not arguments.dry_run:
+            raise ConfigurationError(f"{eye.file} shows the past: no arm moves by it; add --dry-run, or --robot twin")
+        hint = "; `vlm2vla-client replay EPISODE` moves a recording again" if robot == "replay" else ""
+        raise NotBuiltError(f"the robot {robot!r} is not built yet; use --sim for the twin{hint}")
     for name in verifiers:
         if name in ("gemini", "human"):
             raise NotBuiltError(f"the verifier {name!r} is not built yet; use server, twin or none")
@@ -94,10 +98,27 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigurationError("--task must be 1..2000 characters of text")
     if arguments.confirm and arguments.execute == "streamed":
         raise ConfigurationError("--confirm needs --execute whole: a chunk is confirmed before it starts")
-    return _run_in_twin(arguments, config, verifiers)
+    return _run_in_twin(arguments, config, verifiers, eye)
 
 
-def _run_in_twin(arguments: argparse.Namespace, config: ClientConfig, verifiers: tuple[str, ...]) -> int:
+def camera_options(arguments: argparse.Namespace, name: str) -> CameraOptions | None:
+    """The camera ``name`` with its flags; None for the twin's, which is made with its world.
+
+    Raises:
+        ConfigurationError: a flag of another camera beside the twin's.
+    """
+    flags = ("serial", "file", "device", "fps", "lock_exposure", "repeat")
+    values = {flag: getattr(arguments, f"camera_{flag}") for flag in flags}
+    if name != "twin":
+        return CameraOptions(name, **values)
+    if any(values.values()):
+        raise ConfigurationError("a --camera-... flag was given, but the camera is the twin's: name one with --camera")
+    return None
+
+
+def _run_in_twin(
+    arguments: argparse.Namespace, config: ClientConfig, verifiers: tuple[str, ...], eye: CameraOptions | None
+) -> int:
     try:
         from vlm2vla_client.scenes import choose_scene
         from vlm2vla_client.sim import SimRequest, run_in_twin
@@ -119,6 +140,8 @@ def _run_in_twin(arguments: argparse.Namespace, config: ClientConfig, verifiers:
         realtime=arguments.realtime,
         limits=config.limits if arguments.config is not None else {},
         confirm=confirm_on_terminal if arguments.confirm else None,
+        camera=None if eye is None else open_camera(eye, SystemClock()),
+        camera_name="twin" if eye is None else eye.name,
     )
     folder = new_episode_folder(arguments.record, arguments.task)
     try:
