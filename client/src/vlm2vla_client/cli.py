@@ -25,7 +25,6 @@ INTERRUPTED = 130
 DEVELOPMENT_SEED = 500_000  # below lie the seeds of training, from 1,000,000 on those of tests
 NOT_BUILT = {
     "doctor": "check camera, arm, server and limits; --commission walks through a new bench",
-    "ask": "ask the model about the live frame",
     "configure": "write client.toml",
     "calibrate": "find counter and wall",
     "home": "move the arm to its start pose",
@@ -94,6 +93,16 @@ def _add_others(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
     vqa.add_argument("--json", action="store_true", help="the whole answer as one JSON object")
     _add_server(vqa)
     vqa.set_defaults(command=commands.vqa)
+
+    ask = subparsers.add_parser("ask", help="ask base model and adapter about the live frame, side by side")
+    ask.add_argument("question")
+    ask.add_argument("--sim", action="store_true", help="the twin's camera")
+    ask.add_argument("--seed", type=_seed, default=DEVELOPMENT_SEED, metavar="N", help="twin: scene (500000)")
+    ask.add_argument("--config", type=Path, metavar="FILE", help="client.toml (default: the user's config folder)")
+    ask.add_argument("--json", action="store_true", help="one JSON object on standard output, nothing else")
+    _add_camera(ask)
+    _add_server(ask)
+    ask.set_defaults(command=commands.ask)
 
     bench = subparsers.add_parser(
         "bench",

@@ -12,6 +12,8 @@ from typing import Any
 from pydantic import ValidationError
 from rich.console import Console
 
+from vlm2vla_client.ask import ask_both, live_frame
+from vlm2vla_client.cameras.base import Camera
 from vlm2vla_client.cameras.choose import CameraOptions, open_camera
 from vlm2vla_client.clock import SystemClock
 from vlm2vla_client.config import ClientConfig, check_server_url, load_config, split_verifiers
@@ -230,6 +232,42 @@ def vqa(arguments: argparse.Namespace) -> int:
     else:
         print(text)
     return 0
+
+
+def ask(arguments: argparse.Namespace) -> int:
+    """``ask``: the live frame, one question, two answers."""
+    if not 1 <= len(arguments.question) <= 2000 or not _is_text(arguments.question):
+        raise ConfigurationError("the question must be 1..2000 characters of text")
+    config = load_config(arguments.config)
+    name = arguments.camera or ("twin" if arguments.sim else config.camera)
+    options = camera_options(arguments, name)
+    camera = _twin_camera(arguments.seed) if options is None else open_camera(options, SystemClock())
+    connection = connect(arguments, config)
+    try:
+        frame = live_frame(camera)
+        answers = ask_both(connection, frame, arguments.question, arguments.model or config.model)
+    finally:
+        connection.close()
+    if arguments.json:
+        print_json({"camera": name, "question": arguments.question, "answers": answers})
+        return 0
+    width = max(len(model) for model in answers)
+    for model, answer in answers.items():
+        print(f"{model:<{width}}  {printable(answer)}")
+    return 0
+
+
+def _twin_camera(seed: int) -> Camera:
+    """The twin's view of its kitchen."""
+    try:
+        from vlm2vla_client.cameras.twin import TwinCamera
+        from vlm2vla_client.robots.twin import TwinClock
+        from vlm2vla_client.scenes import choose_scene
+        from vlm2vla_twin.physics import World
+    except ImportError as error:
+        raise ConfigurationError(f"{SIM_EXTRA} ({error})") from None
+    world = World(choose_scene("", None, seed).spec)
+    return TwinCamera(world, TwinClock(world))
 
 
 def evaluate(arguments: argparse.Namespace) -> int:

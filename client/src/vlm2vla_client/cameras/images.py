@@ -15,7 +15,7 @@ from vlm2vla_client.errors import ConfigurationError
 from vlm2vla_client.pictures import read_picture
 
 BRIDGE_FPS = 5.0
-"""Bridge data were recorded at 5 Hz, and so are the episodes of this program about."""
+"""The rate of bridge_data_robot, which recorded the Bridge data."""
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
