@@ -4,8 +4,8 @@
 
 A source delivers 640x480 pictures with a camera's noise at 30 Hz and notes when each is complete, before the client's
 first copy; another process notes when the last byte of the request that carries it has arrived, by the same monotonic
-clock. Must: below 10 ms at p50. Exit code 1 when that did not hold. Other programs on the same processors come in between: `load_average` says how busy the
-machine was, and under `chrt --fifo 1` they do not.
+clock. Must: below 10 ms at p50. Exit code 1 when that did not hold. Other programs on the same processors come in
+between: `load_average` says how busy the machine was; under `chrt --fifo 1` (`real_time` in the result) they do not.
 """
 
 from __future__ import annotations
