@@ -6,7 +6,8 @@
 #                            settings (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL, pip.conf) are honoured too
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-DEV_TOOLS=(ruff mypy pytest pytest-timeout hypothesis import-linter openai schemathesis)
+DEV_TOOLS=(ruff mypy pytest pytest-timeout hypothesis import-linter openai schemathesis
+           pyrealsense2 opencv-python-headless) # the last two: the client's extras realsense and video, tested for real
 GL_PACKAGES="libegl1 libegl-mesa0 libgl1-mesa-dri libgl1"
 
 say() { printf '%s\n' "$*"; }
@@ -71,6 +72,23 @@ check_haproxy() {
     return 2
 }
 
+# pyrealsense2's wheel is linked to it; without it the tests of the camera cannot even be collected.
+check_libusb() {
+    [ "$(uname -s)" = Linux ] || return 0
+    has_library 'libusb-1\.0\.so\.0' && return 0
+    if is_debian && [ "$(id -u)" = 0 ]; then
+        say "Installing libusb, which the RealSense library needs"
+        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-upgrade --no-install-recommends libusb-1.0-0; } >&2 \
+            || die "apt-get could not install libusb-1.0-0"
+        return 0
+    fi
+    {
+        say "error: libusb-1.0 was not found; the RealSense library, which is tested, needs it."
+        if is_debian; then say "  install it:  sudo apt-get install -y libusb-1.0-0"; else say "  install your distribution's package libusb1 or libusb."; fi
+    } >&2
+    return 2
+}
+
 # pip with the pinned versions; says nothing unless it fails.
 pip_install() {
     try_pip_install constraints.txt "$@" \
@@ -113,7 +131,7 @@ warn_about_cuda_torch() {
 setup_env() {
     local level="$1" venv="$ROOT/.venv" mark stamp
     check_opengl || exit 2
-    if [ "$level" = dev ]; then check_haproxy || exit 2; fi
+    if [ "$level" = dev ]; then check_haproxy || exit 2; check_libusb || exit 2; fi
     make_venv "$venv" || exit 2
     stamp="$(fingerprint "$venv/bin/python" "${DEV_TOOLS[@]}")"
     for mark in "$venv/.vlm2vla-dev" "$venv/.vlm2vla-$level"; do

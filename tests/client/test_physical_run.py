@@ -29,7 +29,7 @@ from client_fakes import (
 )
 from robot_fakes import limits
 
-from vlm2vla_client import commands, physical
+from vlm2vla_client import commands
 from vlm2vla_client.cli import main
 from vlm2vla_client.clock import SystemClock
 from vlm2vla_client.commissioning import STEPS, is_commissioned, restrain
@@ -85,7 +85,7 @@ class Desk:
             f"[widowx.environment]\n{variables}\n"
         )
         monkeypatch.setenv("XDG_CONFIG_HOME", str(folder))
-        monkeypatch.setattr(physical, "make_camera", lambda *_: WallCamera())
+        monkeypatch.setattr(commands, "open_camera", lambda *_: WallCamera())
         monkeypatch.setattr(sys, "stdin", io.StringIO(keys))
 
     def commission(self) -> None:

@@ -55,7 +55,7 @@ def test_import_contracts_notice_breaches(copy_of_sources: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("vlm2vla_client.cli", ("torch", "transformers", "mujoco", "matplotlib")),
+        ("vlm2vla_client.cli", ("torch", "transformers", "mujoco", "matplotlib", "pyrealsense2", "cv2")),
         ("vlm2vla_client.safety", ("torch", "mujoco", "httpx")),
         ("vlm2vla_server.cli", ("torch", "transformers", "mujoco")),
         ("vlm2vla_server.app", ("torch", "transformers", "mujoco")),

@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("shared_schema", "twin", "server", "client", "training")
 MODEL_LIBRARIES = {"torch", "torchvision", "transformers", "peft", "trl", "vllm", "xgrammar", "accelerate", "datasets",
                    "safetensors", "tokenizers", "triton"}
-ROBOT_DRIVERS = {"mujoco", "pyrealsense2", "interbotix-xs-modules", "opencv-python", "google-genai", "glfw",
-                 "vlm2vla-client", "vlm2vla-twin", "vlm2vla-training"}
+ROBOT_DRIVERS = {"mujoco", "pyrealsense2", "interbotix-xs-modules", "opencv-python", "opencv-python-headless",
+                 "google-genai", "glfw", "vlm2vla-client", "vlm2vla-twin", "vlm2vla-training"}
 
 
 def run(*command: str | Path, timeout_s: float = 800) -> str:
@@ -76,6 +76,14 @@ def test_the_gemini_verifier_is_an_extra_that_pulls_no_model_library(wheels: Pat
     assert not {name for name in plain if name.startswith("google-")}
     names = would_install(empty_environment, wheels, "vlm2vla-client[gemini]")
     assert "google-genai" in names
+    assert not names.keys() & (MODEL_LIBRARIES | {"mujoco", "vlm2vla-server"})
+
+
+def test_the_drivers_of_cameras_are_extras_that_pull_no_model_library(wheels: Path, empty_environment: Path) -> None:
+    drivers = {"pyrealsense2", "opencv-python-headless"}
+    assert not would_install(empty_environment, wheels, "vlm2vla-client").keys() & drivers
+    names = would_install(empty_environment, wheels, "vlm2vla-client[realsense,video]")
+    assert drivers <= names.keys()
     assert not names.keys() & (MODEL_LIBRARIES | {"mujoco", "vlm2vla-server"})
 
 

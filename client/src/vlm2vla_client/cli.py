@@ -24,7 +24,6 @@ from vlm2vla_client.progress import printable
 INTERRUPTED = 130
 DEVELOPMENT_SEED = 500_000  # below lie the seeds of training, from 1,000,000 on those of tests
 NOT_BUILT = {
-    "ask": "ask the model about the live frame",
     "calibrate": "find counter and wall",
     "home": "move the arm to its start pose",
 }
@@ -37,13 +36,24 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", metavar="NAME", help="adapter to ask, or 'base' (default: the server's first)")
 
 
+def _add_camera(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("camera")
+    group.add_argument("--camera", choices=CAMERAS, help="default realsense, or client.toml")
+    group.add_argument("--camera-serial", metavar="N", help="realsense: which one, when several are connected")
+    group.add_argument("--camera-file", type=Path, metavar="F", help="video file, folder of pictures, .db3 or .bag")
+    group.add_argument("--camera-device", type=Path, metavar="F", help="v4l2: such as /dev/video0 (the default)")
+    group.add_argument("--camera-fps", type=_rate, metavar="F", help="images: pictures a second (default 5)")
+    group.add_argument("--camera-lock-exposure", action="store_true", help="realsense: fix it after the warm-up")
+    group.add_argument("--camera-repeat", action="store_true", help="a recording begins anew at its end")
+
+
 def _add_run(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     run = subparsers.add_parser("run", help="do a task", description="Does a task and records the episode.")
     run.add_argument("--task", required=True, metavar="TEXT", help='such as "pick up the carrot"')
     run.add_argument("--sim", action="store_true", help="the twin's robot and camera, the server's verifier")
     run.add_argument("--config", type=Path, metavar="FILE", help="client.toml (default: the user's config folder)")
     run.add_argument("--robot", choices=ROBOTS, help="default widowx, or client.toml")
-    run.add_argument("--camera", choices=CAMERAS, help="default realsense, or client.toml")
+    _add_camera(run)
     run.add_argument("--verifier", metavar="NAMES", help=f"one of {', '.join(VERIFIERS)}, or a chain: gemini,human")
     run.add_argument("--gemini-consent", action="store_true", help="send pictures of the bench to Google, this run")
     run.add_argument("--policy", choices=POLICIES, default="server")
@@ -82,6 +92,16 @@ def _add_others(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
     vqa.add_argument("--json", action="store_true", help="the whole answer as one JSON object")
     _add_server(vqa)
     vqa.set_defaults(command=commands.vqa)
+
+    ask = subparsers.add_parser("ask", help="ask base model and adapter about the live frame, side by side")
+    ask.add_argument("question")
+    ask.add_argument("--sim", action="store_true", help="the twin's camera")
+    ask.add_argument("--seed", type=_seed, default=DEVELOPMENT_SEED, metavar="N", help="twin: scene (500000)")
+    ask.add_argument("--config", type=Path, metavar="FILE", help="client.toml (default: the user's config folder)")
+    ask.add_argument("--json", action="store_true", help="one JSON object on standard output, nothing else")
+    _add_camera(ask)
+    _add_server(ask)
+    ask.set_defaults(command=commands.ask)
 
     bench = subparsers.add_parser(
         "bench",
@@ -124,6 +144,13 @@ def _seed(text: str) -> int:
     value = int(text)
     if not 0 <= value < 2**31:
         raise argparse.ArgumentTypeError(f"expected 0..{2**31 - 1}, received {value}")
+    return value
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 0.0 < value <= 1000.0:
+        raise argparse.ArgumentTypeError(f"expected above 0 to 1000, received {value}")
     return value
 
 

@@ -12,6 +12,10 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from vlm2vla_client import physical
+from vlm2vla_client.ask import ask_both, live_frame
+from vlm2vla_client.cameras.base import Camera
+from vlm2vla_client.cameras.choose import CameraOptions, open_camera
+from vlm2vla_client.clock import SystemClock
 from vlm2vla_client.commissioning import is_commissioned, restrain
 from vlm2vla_client.config import PHYSICAL_ROBOTS, ClientConfig, check_server_url, load_config, split_verifiers
 from vlm2vla_client.confirm import confirm_on_terminal
@@ -22,7 +26,7 @@ from vlm2vla_client.pictures import read_picture
 from vlm2vla_client.policies.base import PolicyInfo
 from vlm2vla_client.policies.random import RandomPolicy
 from vlm2vla_client.policies.server import ServerPolicy
-from vlm2vla_client.progress import ConsoleProgress, Progress, SilentProgress
+from vlm2vla_client.progress import ConsoleProgress, Progress, SilentProgress, printable
 from vlm2vla_client.recorder import new_episode_folder, plain
 from vlm2vla_client.verifiers.chain import MEMBER_DEADLINE_S
 from vlm2vla_client.verifiers.outside import close_outside, open_outside
@@ -80,25 +84,46 @@ def run(arguments: argparse.Namespace) -> int:
     verifiers = split_verifiers(arguments.verifier or ("server" if arguments.sim else config.verifier))
     if robot == "replay":
         raise NotBuiltError("no run has the robot 'replay'; `vlm2vla-client replay EPISODE` moves a recording again")
-    if robot not in PHYSICAL_ROBOTS and camera != "twin":
-        raise NotBuiltError(f"the camera {camera!r} does not see the twin; use --sim")
+    eye = camera_options(arguments, camera)
     if not arguments.task.strip() or len(arguments.task) > 2000 or not _is_text(arguments.task):
         raise ConfigurationError("--task must be 1..2000 characters of text")
     if arguments.confirm and arguments.execute == "streamed":
         raise ConfigurationError("--confirm needs --execute whole: a chunk is confirmed before it starts")
     if robot in PHYSICAL_ROBOTS:
-        return _run_on_arm(arguments, config, robot, camera, verifiers)
-    return _run_in_twin(arguments, config, verifiers)
+        return _run_on_arm(arguments, config, robot, eye, verifiers)
+    return _run_in_twin(arguments, config, verifiers, eye)
+
+
+def camera_options(arguments: argparse.Namespace, name: str) -> CameraOptions | None:
+    """The camera ``name`` with its flags; None for the twin's, which is made with its world.
+
+    Raises:
+        ConfigurationError: a flag of another camera beside the twin's.
+    """
+    flags = ("serial", "file", "device", "fps", "lock_exposure", "repeat")
+    values = {flag: getattr(arguments, f"camera_{flag}") for flag in flags}
+    if name != "twin":
+        return CameraOptions(name, **values)
+    if any(values.values()):
+        raise ConfigurationError("a --camera-... flag was given, but the camera is the twin's: name one with --camera")
+    return None
 
 
 def _run_on_arm(
-    arguments: argparse.Namespace, config: ClientConfig, robot: str, camera: str, verifiers: tuple[str, ...]
+    arguments: argparse.Namespace,
+    config: ClientConfig,
+    robot: str,
+    eye: CameraOptions | None,
+    verifiers: tuple[str, ...],
 ) -> int:
     """A physical run: everything that can be refused is refused before the arm is touched."""
     if arguments.policy not in ("server", "random"):
         raise ConfigurationError(f"the policy {arguments.policy!r} needs the twin; a physical arm follows server")
+    if eye is None:
+        raise ConfigurationError(f"the robot {robot!r} needs a camera on its bench, not the twin's: see --camera")
+    if eye.plays_recording and not arguments.dry_run:
+        raise ConfigurationError(f"{eye.file} shows the past: no arm moves by it; add --dry-run, or --robot twin")
     arm, arm_name = physical.make_robot(robot, config)
-    eye = physical.make_camera(robot, camera)
     limits = physical.physical_limits(config.limits)
     confirm, speed = restrain(arguments.confirm, arguments.speed, is_commissioned(robot, arm_name))
     if (confirm, speed) != (arguments.confirm, arguments.speed):
@@ -123,10 +148,11 @@ def _run_on_arm(
             confirm=confirm_on_terminal if confirm else None,
             verify_deadline_s=MEMBER_DEADLINE_S * len(verifiers),
         )
+        seen = open_camera(eye, SystemClock())
         folder = new_episode_folder(arguments.record, arguments.task)
         try:
             result = physical.run_on_arm(
-                request, arm, eye, policy, verifier, limits, folder, _progress(arguments.json)
+                request, arm, seen, policy, verifier, limits, folder, _progress(arguments.json)
             )
         except BaseException:
             _remove_if_empty(folder)
@@ -138,7 +164,9 @@ def _run_on_arm(
     return result.exit_code
 
 
-def _run_in_twin(arguments: argparse.Namespace, config: ClientConfig, verifiers: tuple[str, ...]) -> int:
+def _run_in_twin(
+    arguments: argparse.Namespace, config: ClientConfig, verifiers: tuple[str, ...], eye: CameraOptions | None
+) -> int:
     try:
         from vlm2vla_client.scenes import choose_scene
         from vlm2vla_client.sim import SimRequest, run_in_twin
@@ -162,6 +190,8 @@ def _run_in_twin(arguments: argparse.Namespace, config: ClientConfig, verifiers:
         limits=config.limits if arguments.config is not None else {},
         confirm=confirm_on_terminal if arguments.confirm else None,
         outside=outside,
+        camera=None if eye is None else open_camera(eye, SystemClock()),
+        camera_name="twin" if eye is None else eye.name,
     )
     folder = new_episode_folder(arguments.record, arguments.task)
     try:
@@ -251,6 +281,42 @@ def vqa(arguments: argparse.Namespace) -> int:
     else:
         print(text)
     return 0
+
+
+def ask(arguments: argparse.Namespace) -> int:
+    """``ask``: the live frame, one question, two answers."""
+    if not 1 <= len(arguments.question) <= 2000 or not _is_text(arguments.question):
+        raise ConfigurationError("the question must be 1..2000 characters of text")
+    config = load_config(arguments.config)
+    name = arguments.camera or ("twin" if arguments.sim else config.camera)
+    options = camera_options(arguments, name)
+    camera = _twin_camera(arguments.seed) if options is None else open_camera(options, SystemClock())
+    connection = connect(arguments, config)
+    try:
+        frame = live_frame(camera)
+        answers = ask_both(connection, frame, arguments.question, arguments.model or config.model)
+    finally:
+        connection.close()
+    if arguments.json:
+        print_json({"camera": name, "question": arguments.question, "answers": answers})
+        return 0
+    width = max(len(model) for model in answers)
+    for model, answer in answers.items():
+        print(f"{model:<{width}}  {printable(answer)}")
+    return 0
+
+
+def _twin_camera(seed: int) -> Camera:
+    """The twin's view of its kitchen."""
+    try:
+        from vlm2vla_client.cameras.twin import TwinCamera
+        from vlm2vla_client.robots.twin import TwinClock
+        from vlm2vla_client.scenes import choose_scene
+        from vlm2vla_twin.physics import World
+    except ImportError as error:
+        raise ConfigurationError(f"{SIM_EXTRA} ({error})") from None
+    world = World(choose_scene("", None, seed).spec)
+    return TwinCamera(world, TwinClock(world))
 
 
 def evaluate(arguments: argparse.Namespace) -> int:

@@ -35,7 +35,7 @@ from vlm2vla_twin.kinematics import MAX_JOINT_SPEED_RAD_S
 
 DEFAULT_SERVER = "http://127.0.0.1:8000"
 ROBOTS = ("twin", "widowx", "bridge", "replay")
-CAMERAS = ("twin", "realsense", "video", "images")
+CAMERAS = ("twin", "realsense", "video", "images", "v4l2")
 VERIFIERS = ("gemini", "server", "human", "twin", "none")
 POLICIES = ("server", "expert", "random", "swapped")
 PHYSICAL_ROBOTS = ARM_TABLES = ("widowx", "bridge")

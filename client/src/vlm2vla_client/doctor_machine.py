@@ -49,7 +49,8 @@ def camera_findings(camera: str, usb: Path = Path("/sys/bus/usb/devices")) -> li
     rules = [path for pattern in UDEV_RULES for path in glob.glob(pattern)]
     devices = realsense_devices(usb)
     return [
-        Finding("pyrealsense2", library, "installed" if library else "not installed", "pip install pyrealsense2"),
+        Finding("pyrealsense2", library, "installed" if library else "not installed",
+                "pip install 'vlm2vla-client[realsense]'"),
         Finding("libusb", usb_library, "found" if usb_library else "no libusb-1.0",
                 "sudo apt-get install libusb-1.0-0"),
         Finding("udev rules", bool(rules), rules[0] if rules else "none for RealSense cameras",

@@ -16,7 +16,7 @@ from vlm2vla_client.clock import Clock, SystemClock
 from vlm2vla_client.config import ClientConfig, make_limits
 from vlm2vla_client.confirm import Confirm
 from vlm2vla_client.episode import EpisodeResult, LoopConfig, Parts
-from vlm2vla_client.errors import ConfigurationError, NotBuiltError
+from vlm2vla_client.errors import ConfigurationError
 from vlm2vla_client.executor import Executor
 from vlm2vla_client.http import ServerConnection
 from vlm2vla_client.loop import run_episode
@@ -65,11 +65,6 @@ def make_robot(name: str, config: ClientConfig) -> tuple[Robot, str]:
     raise ConfigurationError(f"unknown physical robot {name!r}; known are widowx, bridge")
 
 
-def make_camera(robot: str, name: str) -> Camera:
-    """The camera that looks at an arm's bench, not yet started. Raises NotBuiltError."""
-    raise NotBuiltError(f"the robot {robot!r} needs a camera on its bench, and {name!r} is not built yet; use --sim")
-
-
 def make_verifier(
     names: Sequence[str], connection: ServerConnection, model: str | None, outside: Mapping[str, Verifier]
 ) -> Verifier:
@@ -87,7 +82,7 @@ def make_verifier(
         elif name == "none":
             members.append(NoVerifier())
         else:
-            raise ConfigurationError(f"the verifier {name!r} cannot judge a physical bench; use gemini, human or server")
+            raise ConfigurationError(f"the verifier {name!r} needs the twin; use gemini, human or server")
     return ChainVerifier(members)
 
 

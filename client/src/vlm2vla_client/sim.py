@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm2vla_client.animation import Animation
+from vlm2vla_client.cameras.base import Camera
+from vlm2vla_client.cameras.rehearsal import RehearsalCamera
 from vlm2vla_client.cameras.twin import TwinCamera
-from vlm2vla_client.clock import Clock
+from vlm2vla_client.clock import Clock, SystemClock
 from vlm2vla_client.config import make_limits
 from vlm2vla_client.confirm import Confirm
 from vlm2vla_client.episode import EpisodeResult, LoopConfig, Parts
@@ -64,6 +66,7 @@ class SimRequest:
         animate: write ``episode.gif``.
         confirm: asked before every chunk.
         outside: verifiers that the caller made and closes (``verifiers.outside``), by name.
+        camera: a real one or a recording, dated by the system's clock, in place of the twin's; its name beside it.
     """
 
     task: str
@@ -82,6 +85,8 @@ class SimRequest:
     limits: Mapping[str, Any] = field(default_factory=dict)
     confirm: Confirm | None = None
     outside: Mapping[str, Verifier] = field(default_factory=dict)
+    camera: Camera | None = None
+    camera_name: str = "twin"
 
 
 @dataclass
@@ -95,12 +100,19 @@ class SimBench:
     limits: Limits
 
     @classmethod
-    def open(cls, choice: SceneChoice, limits: Mapping[str, Any], realtime: bool) -> SimBench:
-        """Builds the scene, connects the arm and starts the camera. Raises CameraError without OpenGL."""
+    def open(
+        cls, choice: SceneChoice, limits: Mapping[str, Any], realtime: bool, real: Camera | None = None
+    ) -> SimBench:
+        """Builds the scene, connects the arm and starts the camera, the twin's own or a ``real`` one.
+
+        Raises:
+            CameraError: no OpenGL, or no picture from the real camera.
+        """
         world = World(choice.spec)
         clock = TwinClock(world, realtime=realtime)
         robot = TwinRobot(world, clock)
-        camera = TruthCamera(TwinCamera(world, clock), world)
+        eye = TwinCamera(world, clock) if real is None else RehearsalCamera(real, SystemClock(), clock)
+        camera = TruthCamera(eye, world)
         bench = cls(world, clock, robot, camera, sim_limits(limits))
         robot.connect()
         camera.start()
@@ -195,7 +207,7 @@ def _recorded(request: SimRequest) -> dict[str, Any]:
     choice = request.choice
     return {
         "robot": "twin",
-        "camera": "twin",
+        "camera": request.camera_name,
         "policy": request.policy,
         "scene": choice.name,
         "suite": choice.suite.name if choice.suite is not None else None,
@@ -216,7 +228,7 @@ def run_in_twin(request: SimRequest, folder: Path, progress: Progress) -> Episod
     Raises:
         ClientError: before anything moved (no server, no OpenGL, wrong usage). Later faults end in the result.
     """
-    bench = SimBench.open(request.choice, request.limits, request.realtime)
+    bench = SimBench.open(request.choice, request.limits, request.realtime, request.camera)
     try:
         policy, verifier = make_policy(request, bench.world), make_verifier(request, bench)
         asks_server = "server" in request.verifiers or request.policy in ("server", "swapped")
