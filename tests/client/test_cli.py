@@ -64,7 +64,7 @@ def test_wrong_usage_exits_2(arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--task", "t", "--verifier", "none"], "widowx"),
+        (["--task", "t", "--verifier", "none"], "counter_z_m"),
         (["--task", "t", "--robot", "bridge", "--camera", "twin", "--verifier", "none"], "bridge"),
         (["--task", "t", "--robot", "replay", "--camera", "twin"], "replay EPISODE"),
         (["--task", "t", "--sim", "--camera", "v4l2", "--camera-serial", "1"], "--camera-serial"),

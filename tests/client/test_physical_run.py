@@ -183,7 +183,7 @@ def test_robots_are_made_from_their_tables(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="unknown physical robot"):
         make_robot("twin", ClientConfig())
     file.write_text("widowx = 3\n")
-    with pytest.raises(ConfigurationError, match=r"\[widowx\] must be a table"):
+    with pytest.raises(ConfigurationError, match="widowx: must be a valid dictionary"):
         load_config(file)
 
 
