@@ -23,6 +23,11 @@ from live_proxy import live_proxy
 from live_server import Live, hang_up, live_server, metric
 from server_fakes import GOOD, IMAGE, image_bytes
 
+from vlm2vla_schema.images import encode_jpeg
+from vlm2vla_twin.camera import Camera
+from vlm2vla_twin.physics import World
+from vlm2vla_twin.tasks import SUITES
+
 ROOT = Path(__file__).resolve().parents[2]
 TWIN = ["--model", str(ROOT / "models/twin/base"), "--adapter", f"twin={ROOT / 'models/twin/adapter'}"]
 URL = {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{IMAGE}"}}
@@ -131,7 +136,9 @@ def test_the_curl_lines_cover_the_endpoints() -> None:
 
 @pytest.mark.parametrize("line", curl_lines())
 def test_a_curl_line_of_the_readme_works_as_printed(upstream: Live, tmp_path: Path, line: str) -> None:
-    (tmp_path / "frame.jpg").write_bytes(image_bytes(size=(640, 480)))
+    # A view of the twin: on any other picture a model this small may talk on until it is cut.
+    spec = SUITES["pick_carrot"].scene(500_000, "varied")
+    (tmp_path / "frame.jpg").write_bytes(encode_jpeg(Camera(World(spec)).rgb()))
     command = line.replace("localhost:8000", f"127.0.0.1:{upstream.port}").replace(
         "curl ", "curl --fail-with-body -m 90 ", 1
     )
