@@ -25,9 +25,9 @@ import httpx
 CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CHECKOUT / "tests" / "server"))
 
-from live_server import live_server  # noqa: E402
-from request_mutations import mutate, problem  # noqa: E402
-from server_fakes import image_bytes  # noqa: E402
+from live_server import live_server
+from request_mutations import mutate, problem
+from server_fakes import image_bytes
 
 
 @dataclass

@@ -34,13 +34,13 @@ import pyarrow.parquet as pq
 CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CHECKOUT / "tests" / "server"))
 
-from grammar_probe import Acceptor, Frame, acceptance, agreement, probe_stages, random_generations  # noqa: E402
+from grammar_probe import Acceptor, Frame, acceptance, agreement, probe_stages, random_generations
 
-from vlm2vla_schema.images import decode_image, to_model_square  # noqa: E402
-from vlm2vla_schema.types import ModelCard, ModelCardError  # noqa: E402
-from vlm2vla_server.engines.hf_model import ModelOptions  # noqa: E402
-from vlm2vla_server.engines.transformers_engine import TransformersEngine  # noqa: E402
-from vlm2vla_server.errors import ConfigurationError  # noqa: E402
+from vlm2vla_schema.images import decode_image, to_model_square
+from vlm2vla_schema.types import ModelCard, ModelCardError
+from vlm2vla_server.engines.hf_model import ModelOptions
+from vlm2vla_server.engines.transformers_engine import TransformersEngine
+from vlm2vla_server.errors import ConfigurationError
 
 MIN_EQUAL_SHARE = 0.99
 GRAMMAR_OF_KIND = {"actions": "actions", "subtasks": "subtasks", "verify": "verdict"}

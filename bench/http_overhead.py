@@ -28,14 +28,14 @@ from typing import Any
 CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CHECKOUT / "tests" / "server"))
 
-from direct_door import Door, served  # noqa: E402
+from direct_door import Door, served
 
-from vlm2vla_client.evaluation.statistics import quantile  # noqa: E402
-from vlm2vla_client.http import ServerConnection  # noqa: E402
-from vlm2vla_client.scenes import choose_scene  # noqa: E402
-from vlm2vla_schema.images import encode_jpeg  # noqa: E402
-from vlm2vla_twin.camera import Camera  # noqa: E402
-from vlm2vla_twin.physics import World  # noqa: E402
+from vlm2vla_client.evaluation.statistics import quantile
+from vlm2vla_client.http import ServerConnection
+from vlm2vla_client.scenes import choose_scene
+from vlm2vla_schema.images import encode_jpeg
+from vlm2vla_twin.camera import Camera
+from vlm2vla_twin.physics import World
 
 LIMIT_MS = 8.0
 LIMIT_FIRST_ROW = 0.5

@@ -20,8 +20,8 @@ from typing import Any
 CHECKOUT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(CHECKOUT / "tests" / "server"))
 
-from live_server import hang_up, live_server, percentile, probe_health  # noqa: E402
-from server_fakes import image_bytes  # noqa: E402
+from live_server import hang_up, live_server, percentile, probe_health
+from server_fakes import image_bytes
 
 HEALTH_LIMIT_MS = 50.0
 LATE_TOKENS = 3

@@ -63,7 +63,7 @@ def error(code: int, status: str, message: str = "no", retry_delay: str | None =
 
 def silence(handler: BaseHTTPRequestHandler) -> None:
     """Takes the request and says nothing for long."""
-    handler.server.stopped.wait(20)  # type: ignore[attr-defined]
+    handler.server.stopped.wait(20)  # type: ignore[attr-defined]  # our own server class sets it
 
 
 def trickle(handler: BaseHTTPRequestHandler) -> None:
@@ -73,7 +73,7 @@ def trickle(handler: BaseHTTPRequestHandler) -> None:
     handler.send_header("Content-Length", "100000")
     handler.end_headers()
     ends_s = time.monotonic() + 20
-    while time.monotonic() < ends_s and not handler.server.stopped.is_set():  # type: ignore[attr-defined]
+    while time.monotonic() < ends_s and not handler.server.stopped.is_set():  # type: ignore[attr-defined]  # our own server class sets it
         try:
             handler.wfile.write(b" ")
             handler.wfile.flush()

@@ -20,12 +20,12 @@ GUESS = (0.0, -0.6, 0.7, 0.0, 1.4, 0.0)
 def limits(**changes: object) -> Limits:
     """The limits of the twin: counter at 0, wall at 0.56 m."""
     given: dict[str, object] = {"counter_z_m": 0.0, "wall_x_m": 0.56, "max_joint_speed_rad_s": np.pi, **changes}
-    return Limits(**given)  # type: ignore[arg-type]
+    return Limits(**given)  # type: ignore[arg-type]  # fields by name, of any type
 
 
 def policy_context(**changes: object) -> SafetyContext:
     """A fresh row of the running episode."""
-    return replace(SafetyContext("e1", "e1", 0.1, 1.0), **changes)  # type: ignore[arg-type]
+    return replace(SafetyContext("e1", "e1", 0.1, 1.0), **changes)  # type: ignore[arg-type]  # fields by name, of any type
 
 
 def joints_at(position_m: Sequence[float]) -> FloatArray:

@@ -23,8 +23,8 @@ from vendor_doubles.realsense_double import (
 )
 
 from vlm2vla_client.cameras.base import Camera
-from vlm2vla_client.cameras.capture import CaptureTimes
-from vlm2vla_client.cameras.realsense import LATENCY_FRAMES, RealSenseCamera, load_sdk
+from vlm2vla_client.cameras.capture import LATENCY_FRAMES, CaptureTimes
+from vlm2vla_client.cameras.realsense import RealSenseCamera, load_sdk
 from vlm2vla_client.clock import SystemClock
 from vlm2vla_client.errors import CameraError, ConfigurationError
 from vlm2vla_schema.types import Frame

@@ -272,7 +272,15 @@ def test_the_operator_says_yes_no_or_other_words(
     assert confirm_on_terminal(PROPOSAL) == expected
 
 
-@pytest.mark.parametrize("typed", ["", "q\n", "p\n"[:1], "s"])
+def test_a_policy_without_plans_is_given_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("p\nMove up.\n"))
+    assert confirm_on_terminal(Proposal("Grasp Carrot", None, PROPOSAL.rows)) is False
+    assert "[p]lan" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("typed", ["", "q\n", "p", "s"])
 def test_an_end_of_input_ends_the_episode(monkeypatch: pytest.MonkeyPatch, typed: str) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
     with pytest.raises(KeyboardInterrupt):

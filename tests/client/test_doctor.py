@@ -16,7 +16,7 @@ from gemini_server import error, gemini_server
 
 from vlm2vla_client import doctor_machine
 from vlm2vla_client.cli import main
-from vlm2vla_client.doctor_machine import disk_findings, realsense_devices, robot_findings
+from vlm2vla_client.doctor_machine import camera_findings, disk_findings, realsense_devices, robot_findings
 from vlm2vla_client.verifiers.gemini_settings import record_consent
 
 KEY = "AIza-secret-of-the-lab"
@@ -152,6 +152,13 @@ def test_cameras_are_found_by_what_the_kernel_says(tmp_path: Path) -> None:
         (tmp_path / name / "product").write_text(product + "\n")
     (tmp_path / "usb1").mkdir()
     assert realsense_devices(tmp_path) == ["Intel(R) RealSense(TM) Depth Camera 435"]
+
+
+def test_no_camera_and_no_arm_passes_unlooked_at() -> None:
+    assert [finding.what for finding in camera_findings("v4l2")] == ["OpenCV", "USB camera"]
+    assert [finding.what for finding in camera_findings("video")] == ["OpenCV"]
+    (client,) = robot_findings("bridge", {})
+    assert client.what == "widowx_envs" and not client.good and "edgeml" in client.remedy
 
 
 @pytest.mark.parametrize("importable", [True, False])

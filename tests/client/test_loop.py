@@ -311,6 +311,19 @@ def test_an_operators_words_replace_the_policys_from_a_fresh_frame_on(folder: Pa
     assert len(bench.executor.chunks) == 1 and recording.of("verdict")[0]["subtask"] == edit.subtask
 
 
+def test_an_operators_words_outlive_an_answer_that_failed(folder: Path) -> None:
+    answers: list[Proposal] = []
+
+    def confirm(proposal: Proposal) -> bool | Edit:
+        answers.append(proposal)
+        return Edit("Lift", "move up") if len(answers) == 1 else True
+
+    lost = errors.AnswerUnusableError("no usable rows", code="unparseable_output")
+    bench = Bench(folder, ScriptedPolicy(["Lift"], [ROWS, lost, OTHER]), ScriptedVerifier([True]), confirm=confirm)
+    assert bench.run().cycles == 3
+    assert answers[1] == Proposal("Lift", "move up", OTHER)
+
+
 def test_the_filter_is_told_ages_and_episode(folder: Path) -> None:
     class Slow(ScriptedPolicy):
         def cycle(self, frame: Frame, subtask: str, asked: Asked) -> Iterator[CycleEvent]:

@@ -123,7 +123,7 @@ def test_a_stalled_or_broken_connection_is_a_lost_server() -> None:
     for fault, code in ((httpx.ReadTimeout("stalled"), "timeout"), (httpx.ReadError("reset"), "connection_lost")):
         pieces: list[bytes | Exception] = [ndjson([{"event": "plan", "motion_plan": "up"}]), fault]
         with pytest.raises(errors.ServerUnreachableError) as caught:
-            run_cycle(FakeServer(cycle=lambda _, pieces=pieces: stream_response(pieces)))  # type: ignore[misc]
+            run_cycle(FakeServer(cycle=lambda _, pieces=pieces: stream_response(pieces)))  # type: ignore[misc]  # mypy infers no lambda's default
         assert caught.value.code == code
 
 
@@ -242,7 +242,7 @@ def test_another_major_protocol_is_refused(protocol: int) -> None:
 
 def test_a_server_that_is_something_else_is_refused() -> None:
     for body in ({"hello": "world"}, {"protocol": 1}, {"protocol": True}):
-        server = FakeServer(info=lambda _, body=body: httpx.Response(200, json=body))  # type: ignore[misc]
+        server = FakeServer(info=lambda _, body=body: httpx.Response(200, json=body))  # type: ignore[misc]  # mypy infers no lambda's default
         with pytest.raises(errors.ProtocolMismatchError):
             ServerPolicy(server.connection()).info()
 

@@ -352,5 +352,5 @@ def test_limits_that_protect_nothing_are_refused(changes: dict[str, Any]) -> Non
 
 def test_limits_are_given_by_name_and_the_bench_has_no_default() -> None:
     with pytest.raises(TypeError):
-        Limits()  # type: ignore[call-arg]
+        Limits()  # type: ignore[call-arg]  # that is what must fail
     assert LIMITS.box_min_m == (0.10, -0.20, 0.00) and LIMITS.box_max_m == (0.45, 0.25, 0.30)

@@ -128,7 +128,7 @@ def opened(choice: SceneChoice) -> SimBench:
 
 def run(choice: SceneChoice, policy: Policy, folder: Path, **changes: object) -> tuple[EpisodeResult, SeamMonitor]:
     """One episode in the twin, the monitor in the arm's place."""
-    given = replace(SimRequest(TASK, choice, animate=False, max_cycles=20, max_cycles_per_subtask=0), **changes)  # type: ignore[arg-type]
+    given = replace(SimRequest(TASK, choice, animate=False, max_cycles=20, max_cycles_per_subtask=0), **changes)  # type: ignore[arg-type]  # fields by name
     bench = opened(choice)
     try:
         monitor = SeamMonitor(bench.robot, bench.limits)

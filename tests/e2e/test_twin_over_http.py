@@ -25,7 +25,7 @@ LIVENESS_S, HOLD_S = 1.0, 0.25
 
 def request(**changes: object) -> SimRequest:
     given = SimRequest(task=TASK, choice=choose_scene(TASK, None, SEED), policy="expert", verifiers=("twin",))
-    return replace(given, **changes)  # type: ignore[arg-type]
+    return replace(given, **changes)  # type: ignore[arg-type]  # fields by name
 
 
 @pytest.fixture(scope="module")

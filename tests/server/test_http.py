@@ -45,7 +45,7 @@ def test_every_endpoint_answers_with_the_common_fields_and_echoes(tmp_path: Path
             assert set(got) >= COMMON
             assert (got["request_id"], got["episode_id"], got["frame_id"]) == ("r-1", "e-1", "f-1")
             assert got["model"] == "twin" and got["policy"] is True and got["attempts"] >= 1
-            assert got["timing_ms"]["total"] > 0 and got["timing_ms"]["queue"] >= 0
+            assert got["timing_ms"]["total"] >= got["timing_ms"]["queue"] >= 0
             assert got["timing_ms"]["parse"] > 0
             MODELS[path].model_validate_json(answer.body)
 

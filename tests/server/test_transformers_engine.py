@@ -112,7 +112,7 @@ def test_every_request_chooses_its_adapter(folders: tuple[Path, Path, Path]) -> 
             assert scores[0] != scores[1] != scores[2] != scores[0]
             assert all(value < 0 for score in scores for value in score)
             info = engine.info()
-            modules = 7 * engine._model.network.config.text_config.num_hidden_layers  # type: ignore[union-attr]
+            modules = 7 * engine._model.network.config.text_config.num_hidden_layers  # type: ignore[union-attr]  # started, so not None
             assert [(a.name, a.adapted_modules, a.problem) for a in info.adapters] == [
                 ("one", modules, None),
                 ("my.two", modules, None),

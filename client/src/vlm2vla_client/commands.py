@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from vlm2vla_client.policies.server import ServerPolicy
 from vlm2vla_client.progress import ConsoleProgress, Progress, SilentProgress, printable
 from vlm2vla_client.recorder import new_episode_folder, plain
 from vlm2vla_client.verifiers.chain import MEMBER_DEADLINE_S
+from vlm2vla_client.verifiers.choose import make_chain
 from vlm2vla_client.verifiers.outside import close_outside, open_outside
 from vlm2vla_client.view import write_view
 from vlm2vla_schema.images import encode_jpeg, to_base64
@@ -133,7 +135,7 @@ def _run_on_arm(
     outside = open_outside(verifiers, config.gemini, config.folder, consent=arguments.gemini_consent)
     connection, model = connect(arguments, config), arguments.model or config.model
     try:
-        verifier = physical.make_verifier(verifiers, connection, model, outside)
+        verifier = make_chain(verifiers, connection, model, outside)
         connection.wait_ready(READY_WAIT_S)
         policy = ServerPolicy(connection, model=model) if arguments.policy == "server" else RandomPolicy(arguments.seed)
         refuse_untrained(policy.info(), True, arguments.allow_untrained, arguments.confirm)
@@ -149,19 +151,13 @@ def _run_on_arm(
             verify_deadline_s=MEMBER_DEADLINE_S * len(verifiers),
         )
         seen = open_camera(eye, SystemClock())
-        folder = new_episode_folder(arguments.record, arguments.task)
-        try:
-            result = physical.run_on_arm(
-                request, arm, seen, policy, verifier, limits, folder, _progress(arguments.json)
-            )
-        except BaseException:
-            _remove_if_empty(folder)
-            raise
+        return _recorded(
+            arguments,
+            lambda *place: physical.run_on_arm(request, arm, seen, policy, verifier, limits, *place),
+        )
     finally:
         connection.close()
         close_outside(outside)
-    _report(arguments.json, result, folder)
-    return result.exit_code
 
 
 def _run_in_twin(
@@ -193,15 +189,21 @@ def _run_in_twin(
         camera=None if eye is None else open_camera(eye, SystemClock()),
         camera_name="twin" if eye is None else eye.name,
     )
-    folder = new_episode_folder(arguments.record, arguments.task)
     try:
-        result = run_in_twin(request, folder, _progress(arguments.json))
-    except BaseException:
-        _remove_if_empty(folder)
-        raise
+        return _recorded(arguments, lambda folder, progress: run_in_twin(request, folder, progress))
     finally:
         connection.close()
         close_outside(outside)
+
+
+def _recorded(arguments: argparse.Namespace, episode: Callable[[Path, Progress], EpisodeResult]) -> int:
+    """Runs an episode into a new folder, which goes again when nothing was recorded; reports it. The exit code."""
+    folder = new_episode_folder(arguments.record, arguments.task)
+    try:
+        result = episode(folder, _progress(arguments.json))
+    except BaseException:
+        _remove_if_empty(folder)
+        raise
     _report(arguments.json, result, folder)
     return result.exit_code
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import tomllib
 from collections.abc import Callable, Mapping
@@ -231,7 +232,7 @@ def _write(path: Path, table: Mapping[str, Any], comment: str) -> None:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(f"# {comment}\n{toml_text(table)}")
         if path.is_file():
-            os.replace(path, path.with_name(path.name + ".old"))
+            shutil.copy2(path, path.with_name(path.name + ".old"))  # not moved: there is a whole file at every moment
         os.replace(temporary, path)
     except OSError as error:
         raise ConfigurationError(f"cannot write {path}: {error.strerror}; give --config FILE") from None

@@ -15,7 +15,7 @@ from vlm2vla_schema.errors import ParseError
 from vlm2vla_schema.parsing import parse_motion_plan
 
 MAX_SUBTASK_CHARS = 2000
-QUESTION = "  move? [y]es, [n]o and plan anew, other words for the [s]ubtask or the [p]lan, [q]uit: "
+QUESTION = "  move? [y]es, [n]o and plan anew, other words for the [s]ubtask{plan}, [q]uit: "
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,13 @@ def confirm_on_terminal(proposal: Proposal) -> bool | Edit:
     for index, row in enumerate(proposal.rows):
         here = [at + step for at, step in zip(here, row[:3], strict=True)]
         _say(f"  row {index:<5}{row_text(row)}   then at {row_text([*here, row[3]])} from here\n")
-    answer = _line(QUESTION).lower()
+    plans = proposal.motion_plan is not None  # without that stage (-NR) there is no plan to follow
+    answer = _line(QUESTION.format(plan=" or the [p]lan" if plans else "")).lower()
     if answer in ("q", "quit"):
         raise KeyboardInterrupt
     if answer in ("s", "subtask"):
         return _edited(proposal, _line("  subtask: "), None)
-    if answer in ("p", "plan"):
+    if plans and answer in ("p", "plan"):
         return _edited(proposal, proposal.subtask, _line("  motion plan: "))
     return answer in ("y", "yes")
 

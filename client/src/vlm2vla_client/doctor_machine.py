@@ -43,7 +43,12 @@ def camera_findings(camera: str, usb: Path = Path("/sys/bus/usb/devices")) -> li
     """The libraries and the device of a camera, by its name; nothing is opened."""
     if camera == "twin":
         return [_simulator()]
-    if camera != "realsense":
+    if camera in ("video", "v4l2"):
+        there = _installed("cv2")
+        word = "installed" if there else "not installed"
+        opencv = Finding("OpenCV", there, word, "pip install 'vlm2vla-client[video]'")
+        return [opencv] if camera == "video" else [opencv, _usb_camera()]
+    if camera != "realsense":  # images: a folder of pictures needs nothing
         return []
     library, usb_library = _installed("pyrealsense2"), ctypes.util.find_library("usb-1.0") is not None
     rules = [path for pattern in UDEV_RULES for path in glob.glob(pattern)]
@@ -75,6 +80,11 @@ def realsense_devices(usb: Path) -> list[str]:
     return names
 
 
+def _usb_camera(folder: Path = Path("/dev")) -> Finding:
+    devices = sorted(str(path) for path in folder.glob("video*"))
+    return Finding("USB camera", bool(devices), ", ".join(devices) or f"no {folder}/video*", "plug it in")
+
+
 def _simulator() -> Finding:
     there = _installed("mujoco")
     return Finding("simulator", there, "installed" if there else "no mujoco", "pip install 'vlm2vla-client[sim]'")
@@ -89,6 +99,10 @@ def robot_findings(robot: str, table: Mapping[str, Any]) -> list[Finding]:
     if robot == "widowx":
         setups = [str(path) for path in table.get("setup", ())] or ros_setups()
         return [*_ros(setups, str(table.get("python", ROS_PYTHON))), _arm_port()]
+    if robot == "bridge":
+        there = _installed("widowx_envs")
+        remedy = "install the folder widowx_envs of bridge_data_robot, and edgeml from its author's repository"
+        return [Finding("widowx_envs", there, "installed" if there else "not installed", remedy)]
     return [_simulator()] if robot == "twin" else []
 
 

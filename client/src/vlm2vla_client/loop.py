@@ -137,7 +137,7 @@ class _Episode:
             asked_s = time.monotonic()
             try:
                 answer = self._patiently(
-                    lambda frame=frame: parts.policy.subtasks(  # type: ignore[misc]
+                    lambda frame=frame: parts.policy.subtasks(  # type: ignore[misc]  # mypy infers no lambda's default
                         frame, config.task, config.scenario, self._asked(config.subtasks_deadline_s)
                     )
                 )
@@ -179,10 +179,12 @@ class _Episode:
             result = self._act(index, answer, captured_m)
             self.plans += [answer.plan] if answer.plan else []
         except AnswerUnusableError as error:
+            self.edit = given  # the operator's words were not answered: they are asked with again
             self._record_error("cycle", error)
             parts.progress.note(str(error))
             return False
         except ServerBusyError as error:
+            self.edit = given
             self._record_error("cycle", error)
             self._wait_for_server(error)
             return False

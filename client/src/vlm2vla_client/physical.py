@@ -6,7 +6,7 @@ It has been run against doubles of the arms' drivers, never on an arm.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,6 @@ from vlm2vla_client.confirm import Confirm
 from vlm2vla_client.episode import EpisodeResult, LoopConfig, Parts
 from vlm2vla_client.errors import ConfigurationError
 from vlm2vla_client.executor import Executor
-from vlm2vla_client.http import ServerConnection
 from vlm2vla_client.loop import run_episode
 from vlm2vla_client.moves import Moves
 from vlm2vla_client.policies.base import Policy, Scenario
@@ -29,9 +28,6 @@ from vlm2vla_client.robots.bridge import BridgeRobot, BridgeSettings
 from vlm2vla_client.robots.widowx import WidowXRobot, WidowXSettings
 from vlm2vla_client.safety import Limits
 from vlm2vla_client.verifiers.base import Verifier
-from vlm2vla_client.verifiers.chain import ChainVerifier
-from vlm2vla_client.verifiers.none import NoVerifier
-from vlm2vla_client.verifiers.server import ServerVerifier
 from vlm2vla_client.watch import Watch
 
 
@@ -63,27 +59,6 @@ def make_robot(name: str, config: ClientConfig) -> tuple[Robot, str]:
         bridge = BridgeSettings.from_table(config.arms.get("bridge", {}))
         return BridgeRobot(bridge), f"{bridge.host}:{bridge.port}"
     raise ConfigurationError(f"unknown physical robot {name!r}; known are widowx, bridge")
-
-
-def make_verifier(
-    names: Sequence[str], connection: ServerConnection, model: str | None, outside: Mapping[str, Verifier]
-) -> Verifier:
-    """The chain of verifiers by their names; ``outside`` holds gemini and human, ready to be asked.
-
-    Raises:
-        ConfigurationError: one that needs the twin.
-    """
-    members: list[Verifier] = []
-    for name in names:
-        if name in outside:
-            members.append(outside[name])
-        elif name == "server":
-            members.append(ServerVerifier(connection, model=model))
-        elif name == "none":
-            members.append(NoVerifier())
-        else:
-            raise ConfigurationError(f"the verifier {name!r} needs the twin; use gemini, human or server")
-    return ChainVerifier(members)
 
 
 def physical_limits(overrides: Mapping[str, Any]) -> Limits:

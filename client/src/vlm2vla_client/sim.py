@@ -35,9 +35,8 @@ from vlm2vla_client.robots.twin import TwinClock, TwinRobot
 from vlm2vla_client.safety import Limits
 from vlm2vla_client.scenes import SceneChoice, choose_scene
 from vlm2vla_client.verifiers.base import Verifier
-from vlm2vla_client.verifiers.chain import MEMBER_DEADLINE_S, ChainVerifier
-from vlm2vla_client.verifiers.none import NoVerifier
-from vlm2vla_client.verifiers.server import ServerVerifier
+from vlm2vla_client.verifiers.chain import MEMBER_DEADLINE_S
+from vlm2vla_client.verifiers.choose import make_chain
 from vlm2vla_client.verifiers.twin import TruthCamera, TwinVerifier
 from vlm2vla_client.watch import Watch
 from vlm2vla_twin.camera import Camera as Renderer
@@ -173,19 +172,8 @@ def make_verifier(request: SimRequest, bench: SimBench) -> Verifier:
     Raises:
         ConfigurationError: a verifier that is unknown, was not made by the caller, or lacks its server.
     """
-    members: list[Verifier] = []
-    for name in request.verifiers:
-        if name == "server":
-            members.append(ServerVerifier(_connection(request), model=request.model))
-        elif name == "twin":
-            members.append(TwinVerifier(bench.world, bench.camera))
-        elif name == "none":
-            members.append(NoVerifier())
-        elif name in request.outside:
-            members.append(request.outside[name])
-        else:
-            raise ConfigurationError(f"the verifier {name!r} cannot be used here; use server, twin or none")
-    return ChainVerifier(members)
+    ready = {**request.outside, "twin": TwinVerifier(bench.world, bench.camera)}
+    return make_chain(request.verifiers, request.connection, request.model, ready)
 
 
 def make_judge(choice: SceneChoice, bench: SimBench, planning: bool) -> Callable[[str], dict[str, Any]] | None:

@@ -23,6 +23,12 @@ from vlm2vla_schema.types import Frame
 READ_S = 0.1
 """How long one read waits for a picture: also how soon the thread notices that it shall end."""
 
+WARMUP_FRAMES = 30
+"""The first pictures of a live camera are dark or bright until its automatic exposure has settled."""
+
+LATENCY_FRAMES = 2.0
+"""From the middle of an exposure to its arrival, in frame periods, at most: exposure, read-out, USB."""
+
 CLOSE_WAIT_S = 3.0
 OFFSETS_KEPT = 300
 

@@ -14,17 +14,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm2vla_client.cameras.capture import CaptureCamera, CaptureTimes, Picture, RecordingEndedError
+from vlm2vla_client.cameras.capture import (
+    LATENCY_FRAMES,
+    WARMUP_FRAMES,
+    CaptureCamera,
+    CaptureTimes,
+    Picture,
+    RecordingEndedError,
+)
 from vlm2vla_client.clock import Clock
 from vlm2vla_client.errors import CameraError, ConfigurationError
 
 INSTALL = "pip install 'vlm2vla-client[realsense]'"
-WARMUP_FRAMES = 30
-"""The first pictures of a live camera are dark or bright until its automatic exposure has settled."""
-
-LATENCY_FRAMES = 2.0
-"""From the middle of an exposure to its arrival, in frame periods, at most: exposure, read-out, USB."""
-
 QUEUED_FRAMES = 4
 """So many may wait while the capture thread does not get the processor; then the oldest is dropped."""
 

@@ -7,16 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm2vla_client.cameras.capture import CaptureCamera, CaptureTimes, Picture
+from vlm2vla_client.cameras.capture import (
+    LATENCY_FRAMES,
+    WARMUP_FRAMES,
+    CaptureCamera,
+    CaptureTimes,
+    Picture,
+)
 from vlm2vla_client.cameras.opencv import load_opencv, rgb
 from vlm2vla_client.clock import Clock
 from vlm2vla_client.errors import CameraError, ConfigurationError
 
 DEFAULT_DEVICE = Path("/dev/video0")
-LATENCY_FRAMES = 2.0
-"""Exposure, read-out and USB, in frame periods, at most."""
-
-WARMUP_FRAMES = 30
 
 
 class V4l2Source:

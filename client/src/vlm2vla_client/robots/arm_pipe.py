@@ -106,6 +106,25 @@ class ArmPipe:
     def ask(self, operation: str, **fields: Any) -> None:
         """Send one request and wait up to 40 ms for its answer; a refusal that comes later is raised by ``check``."""
         self._alive()
+        self._exchange(operation, fields)
+
+    def hold(self, reason: str) -> None:
+        """Ask for a hold, of a silent process too: it reads the request when it wakes.
+
+        It supersedes what earlier commands may still answer. Raises RobotError when it cannot be sent or the process is
+        silent; the heartbeat then ends, so that the process holds by itself as soon as it can.
+        """
+        with self._changed:
+            self._late = None
+        try:
+            self._exchange("hold", {"reason": reason})
+            self._alive()
+        except RobotError:
+            if self._process is not None:
+                self._stop.set()
+            raise
+
+    def _exchange(self, operation: str, fields: Mapping[str, Any]) -> None:
         with self._changed:
             self._number += 1
             number = self._number
@@ -117,11 +136,6 @@ class ArmPipe:
             error = self._acks.pop(number, None)
         if error is not None:
             raise RobotError(error)
-
-    def forget(self) -> None:
-        """A hold supersedes what earlier commands may still answer."""
-        with self._changed:
-            self._late = None
 
     def close(self) -> None:
         """Let the process hold and end; kill it when it does not. Safe to call twice."""

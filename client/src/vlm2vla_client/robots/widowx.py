@@ -210,9 +210,8 @@ class WidowXRobot:
         """Goal := measured joints. Raises RobotError when the arm process is gone: the motors keep their last goal."""
         if self._closed:
             return
-        self._pipe.forget()
         self._direction_m = np.zeros(3)
-        self._pipe.ask("hold", reason=reason[:200])
+        self._pipe.hold(reason[:200])
 
     def close(self) -> None:
         """Hold, end the arm process, give the lock back; the arm stays powered."""
