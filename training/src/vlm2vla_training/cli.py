@@ -101,6 +101,7 @@ def _add_demos(commands: Commands[argparse.ArgumentParser]) -> None:
     command.add_argument("--misjudge", type=float, default=0.4, help="probability of misjudging an aim")
     command.add_argument("--residual-m", type=float, default=0.009, help="aim error corrected while descending, metres")
     command.add_argument("--miss", type=float, default=0.12, help="probability of closing too high or beside at first")
+    command.add_argument("--policy", metavar="URL", help="let the policy of this server make the first attempts")
     command.add_argument("--width", type=int, default=640, help="width of the stored frames, pixels")
     command.add_argument("--height", type=int, default=480, help="height of the stored frames, pixels")
     command.add_argument("--workers", type=int, default=1, help="processes")

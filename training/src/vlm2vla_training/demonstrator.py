@@ -1,4 +1,5 @@
-"""A scripted teleoperator for the twin: 5 Hz deltas with jitter, misjudged aims and missed grasps that it corrects.
+"""A scripted teleoperator for the twin: 5 Hz deltas with misjudged aims and missed grasps that it corrects, its own
+or those of a policy that it lets act first.
 
 It reads the simulator, as a person reads the bench; what it leaves in the log is what a real log would hold. Mistakes
 are on purpose: a policy that only ever saw clean runs does not know the way back (twin.md, "Model").
@@ -6,7 +7,7 @@ are on purpose: a policy that only ever saw clean runs does not know the way bac
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,9 +25,19 @@ _PAUSE_ROWS = 2
 _NUDGE_M = 0.001
 # A smaller error would not be noticed.
 _SEEN_M = 0.015
+# A policy's attempt is looked at for so many rows; one this far beside its object or off its height is corrected.
+_LOOK_ROWS = 3
+_OFF_M = 0.012
+_HOVER_M = (0.045, 0.095)
+# So often; else the policy goes on to grasp from there, as it does when its verifier is wrong.
+_CORRECTED = 0.5
+# A second attempt of the policy to grasp is let happen so often.
+_SECOND_TRY = 0.35
 
 Array = NDArray[np.float64]
 Row = list[float]
+# A policy's rows for a subtask, from the present picture.
+Policy = Callable[[Skill], list[Row]]
 
 
 @dataclass(frozen=True)
@@ -54,21 +65,34 @@ class Demonstrator:
     The way comes from the twin's expert; aims, pauses and mistakes are this class's.
     """
 
-    def __init__(self, world: World, goals: tuple[Goal, ...], random: np.random.Generator, style: Style) -> None:
-        """Start at the arm's present pose with the gripper open."""
+    def __init__(
+        self,
+        world: World,
+        goals: tuple[Goal, ...],
+        random: np.random.Generator,
+        style: Style,
+        policy: Policy | None = None,
+    ) -> None:
+        """Start at the arm's present pose with the gripper open. A `policy` makes the first attempts to move over each
+        object and to grasp it, in place of the demonstrator's own mistakes.
+        """
         self._world = world
         self._goals = goals
         self._random = random
         self._style = style
+        self._policy = policy
         self._open = True
         self.goal_m: Array = np.array(world.ee_pose().position_m, dtype=np.float64)
 
     def rows(self) -> Iterator[Row]:
         """Yield the whole demonstration, ending with one row at rest."""
         for goal in self._goals:
-            yield from self._aim(Skill("move", goal.object))
-            if self._random.random() < self._style.miss:
-                yield from self._miss(goal.object)
+            if self._policy is not None:
+                yield from self._attempted(goal.object, self._policy)
+            else:
+                yield from self._aim(Skill("move", goal.object))
+                if self._random.random() < self._style.miss:
+                    yield from self._miss(goal.object)
             if not self._world.grasped(goal.object):
                 yield from self._skill(Skill("grasp", goal.object))
             yield from self._skill(Skill("lift", goal.object))
@@ -100,8 +124,7 @@ class Demonstrator:
         if self._random.random() < self._style.misjudge:
             offset = [*self._disc(_SEEN_M, self._style.aim_m), self._random.uniform(0.0, 0.015)]
             yield from self._along(_moved(self._way(skill), np.array(offset)))
-            for _ in range(_PAUSE_ROWS):
-                yield self._row(np.zeros(3))
+            yield from self._at_rest(_PAUSE_ROWS)
         offset = [*self._disc(0.0, self._style.residual_m), 0.0]
         yield from self._along(_moved(self._way(skill), np.array(offset)))
 
@@ -125,6 +148,38 @@ class Demonstrator:
         yield from self._along([Waypoint(place, True), Waypoint(place, False)])
         if not self._world.grasped(thing):
             yield from self._opened(rising_next=kind != "high")
+
+    def _attempted(self, thing: str, policy: Policy) -> Iterator[Row]:
+        """The policy moves over the object and grasps; what it gets wrong is put right, ready for a grasp or done."""
+        move, grasp = Skill("move", thing), Skill("grasp", thing)
+        yield from self._as_told(policy(move))
+        if not self._open or (self._off(thing) and self._random.random() < _CORRECTED):
+            yield from self._at_rest(_LOOK_ROWS)
+            if not self._open:
+                yield from self._opened(rising_next=True)
+            yield from self._aim(move)
+        for _ in range(1 + int(self._random.random() < _SECOND_TRY)):
+            yield from self._as_told(policy(grasp))
+            if self._open:
+                yield from self._at_rest(_LOOK_ROWS)
+        if not self._open and not self._world.grasped(thing):
+            yield from self._opened(rising_next=True)
+
+    def _as_told(self, rows: list[Row]) -> Iterator[Row]:
+        """A policy's rows at 5 Hz: each translates, then grips, and none pushes below where objects are grasped."""
+        for dx, dy, dz, gripper in rows:
+            x, y, z = (float(v) for v in self.goal_m + np.array([dx, dy, dz]))
+            yield from self._along([Waypoint((x, y, max(z, GRASP_M)), gripper > 0.5)])
+
+    def _off(self, thing: str) -> bool:
+        """Whether the open gripper is not over the object, as far as one can see."""
+        there, height = self._world.object_pose(thing)[0][:2], float(self.goal_m[2])
+        aside = float(np.linalg.norm(self.goal_m[:2] - there))
+        return not self._open or aside > _OFF_M or not _HOVER_M[0] <= height <= _HOVER_M[1]
+
+    def _at_rest(self, rows: int) -> Iterator[Row]:
+        for _ in range(rows):
+            yield self._row(np.zeros(3))
 
     def _release(self, skill: Skill) -> Iterator[Row]:
         yield from self._opened(rising_next=True)

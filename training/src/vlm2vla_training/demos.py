@@ -8,14 +8,16 @@ import argparse
 import multiprocessing
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from vlm2vla_schema.images import encode_jpeg
+from vlm2vla_training.attempts import Attempts
 from vlm2vla_training.demo_scenes import SUITES, DemoTask, demo_task
-from vlm2vla_training.demonstrator import STEP_S, Demonstrator, Style, execute
+from vlm2vla_training.demonstrator import STEP_S, Demonstrator, Policy, Style, execute
 from vlm2vla_training.episodes.base import Episode
 from vlm2vla_training.episodes.parquet import EpisodeWriter
 from vlm2vla_training.errors import DataError
@@ -23,6 +25,7 @@ from vlm2vla_training.jsonio import JsonlAppender, read_jsonl
 from vlm2vla_training.progress import finish, track
 from vlm2vla_twin.camera import Camera
 from vlm2vla_twin.physics import UnreachableError, World
+from vlm2vla_twin.skills import title
 from vlm2vla_twin.truth import observe
 
 TRUTH_FILE = "truth.jsonl"
@@ -42,6 +45,7 @@ class Job:
     width: int
     height: int
     style: Style
+    policy: str | None = None
 
     @property
     def key(self) -> str:
@@ -63,7 +67,7 @@ def run_demos(args: argparse.Namespace) -> int:
     started = time.monotonic()
     style = Style(args.speed_m, args.aim_m, args.misjudge, args.residual_m, args.miss)
     jobs = [
-        Job(suite, seed, args.mode, args.width, args.height, style)
+        Job(suite, seed, args.mode, args.width, args.height, style, args.policy)
         for suite in args.suite
         for seed in range(args.seed, args.seed + args.episodes)
     ]
@@ -96,6 +100,7 @@ def run_demos(args: argparse.Namespace) -> int:
         "failed": len(failed),
         "mode": args.mode,
         "style": vars(style),
+        "first_attempts_by": "policy" if args.policy else "demonstrator",
         "source": "twin",
     }
     finish("demos", args.out, summary, started, f"{written} episodes, {len(failed)} failed and left out")
@@ -118,13 +123,22 @@ def record(job: Job) -> Demo | None:
     try:
         world = World(task.spec)
         camera = Camera(world, job.width, job.height)
-        return _run(job, task, world, camera, random)
+        if job.policy is None:
+            return _run(job, task, world, camera, random)
+        with closing(Attempts(job.policy, job.seed)) as attempts:
+            return _run(job, task, world, camera, random, _policy(attempts, camera))
     except UnreachableError:
         return None
 
 
-def _run(job: Job, task: DemoTask, world: World, camera: Camera, random: np.random.Generator) -> Demo | None:
-    demonstrator = Demonstrator(world, task.goals, random, job.style)
+def _policy(attempts: Attempts, camera: Camera) -> Policy:
+    return lambda skill: attempts.rows(encode_jpeg(camera.rgb()), title(skill))
+
+
+def _run(
+    job: Job, task: DemoTask, world: World, camera: Camera, random: np.random.Generator, policy: Policy | None = None
+) -> Demo | None:
+    demonstrator = Demonstrator(world, task.goals, random, job.style, policy)
     images: list[bytes] = []
     actions: list[list[float]] = []
     states: list[list[float]] = []

@@ -12,7 +12,9 @@ from vlm2vla_training.errors import DataError
 @dataclass(frozen=True)
 class AnnotatedStep:
     """One subtask of a trajectory. `first` and `last` are inclusive original step numbers; `actions` are the rows
-    [dx_m, dy_m, dz_m, gripper] of that range, cut from the log and never from the annotator's text.
+    [dx_m, dy_m, dz_m, gripper] of that range, cut from the log and never from the annotator's text. `missed` marks a
+    step that did not reach what it describes, as its consequences in the log show: a failure for the verifier to learn
+    from, not to be imitated.
     """
 
     step_description: str
@@ -21,6 +23,7 @@ class AnnotatedStep:
     first: int
     last: int
     actions: list[list[float]]
+    missed: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class AnnotatedEpisode:
                     first=int(step["first"]),
                     last=int(step["last"]),
                     actions=[[float(number) for number in row] for row in step["actions"]],
+                    missed=bool(step.get("missed", False)),
                 )
                 for step in value["steps"]
             ]
@@ -84,9 +88,15 @@ class Annotator(Protocol):
 
 
 def step_from_log(
-    episode: Episode, description: str, reasoning: str, main_movements: str, begin: int, end: int
+    episode: Episode,
+    description: str,
+    reasoning: str,
+    main_movements: str,
+    begin: int,
+    end: int,
+    missed: bool = False,
 ) -> AnnotatedStep:
     """Build a step over the half-open row range [begin, end) of the episode; actions are copied from the log."""
     rows = [[float(row[0]), float(row[1]), float(row[2]), float(row[6])] for row in episode.actions[begin:end]]
     first = episode.first_step + begin
-    return AnnotatedStep(description, reasoning, main_movements, first, first + len(rows) - 1, rows)
+    return AnnotatedStep(description, reasoning, main_movements, first, first + len(rows) - 1, rows, missed)

@@ -6,7 +6,7 @@ appendix B.1. For clean pick and place logs it stands in for the paper's Gemini 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,10 +29,14 @@ _STILL_M = 0.006
 _RETRY_TRAVEL_M = 0.03
 # Only the last part of a long vertical descent is the grasp: what comes before brings the gripper above the object.
 _GRASP_DESCENT_M = 0.065
-# This many rows at rest, then motion in another direction: the aim was wrong and is corrected.
+# This many rows at rest, then motion in another direction: the aim was wrong and is corrected. After a longer rest the
+# direction does not matter: the first part stopped short.
 _PAUSE_ROWS = 2
+_LONG_PAUSE_ROWS = 3
 _REST_M = 0.0005
 _SAME_DIRECTION = 0.5
+# When a grasp failed and the one that held was farther than this from where the gripper had moved to, that move missed.
+_MISSED_M = 0.015
 
 _WHY = {
     "move": "The gripper must first be right above the {object}.",
@@ -52,6 +56,7 @@ class _Piece:
     goal: Goal
     begin: int
     end: int
+    missed: bool = False
 
     def title(self) -> str:
         name, target = self.goal.object, self.goal.target or "Target"
@@ -68,7 +73,7 @@ class _Piece:
 class RulesAnnotator:
     """Annotator by rules; see the module text. Stateless."""
 
-    name = "rules-1"
+    name = "rules-2"
 
     def annotate(self, episode: Episode) -> AnnotatedEpisode:
         """Split and describe one episode.
@@ -142,6 +147,9 @@ def _pieces_of_goal(
     pieces: list[_Piece] = []
     descent = _descent_start(motion, start, grasp.closes[0], _GRASP_DESCENT_M)
     pieces += _corrected("move", goal, motion, start, descent)
+    beside_m = float(np.linalg.norm(motion[descent : grasp.closes[-1], :2].sum(axis=0)))
+    if pieces and grasp.opens and beside_m > _MISSED_M:
+        pieces[-1] = replace(pieces[-1], missed=True)
     begin = descent
     for close, reopen in zip(grasp.closes, [*grasp.opens, None], strict=True):
         end = reopen if reopen is not None else _still_end(motion, close, grasp.release or limit)
@@ -164,15 +172,20 @@ def _pieces_of_goal(
 
 
 def _corrected(kind: str, goal: Goal, motion: NDArray[np.float64], begin: int, end: int) -> list[_Piece]:
-    """Split a motion where it rests and goes on in another direction: each part but the last missed its aim."""
+    """Split a motion where it rests and goes on, in another direction or after a long rest: each part but the last
+    missed its aim.
+    """
     resting = np.linalg.norm(motion[begin:end], axis=1) < _REST_M
     pieces: list[_Piece] = []
     start = begin
     for index in range(begin + _PAUSE_ROWS, end):
-        paused = resting[index - begin - _PAUSE_ROWS : index - begin].all() and not resting[index - begin]
+        here = index - begin
+        paused = resting[here - _PAUSE_ROWS : here].all() and not resting[here]
+        long = here >= _LONG_PAUSE_ROWS and resting[here - _LONG_PAUSE_ROWS : here].all()
         before, after = motion[start:index].sum(axis=0), motion[index:end].sum(axis=0)
         lengths = float(np.linalg.norm(before) * np.linalg.norm(after))
-        if paused and lengths > 0 and float(before @ after) < _SAME_DIRECTION * lengths:
+        turned = float(before @ after) < _SAME_DIRECTION * lengths
+        if paused and lengths > 0 and (long or turned):
             pieces.append(_Piece(kind, goal, start, index))
             start = index
     return [*pieces, _Piece(kind, goal, start, end)] if end > start else pieces
@@ -229,4 +242,4 @@ def _step(episode: Episode, piece: _Piece, gripper: NDArray[np.float64]) -> Anno
     sentence = motion_sentence(rows.tolist(), before)
     names = {"object": piece.goal.object.lower(), "target": (piece.goal.target or "target").lower()}
     reasoning = f"{_WHY[piece.kind].format(**names)} {sentence}"
-    return step_from_log(episode, piece.title(), reasoning, sentence, piece.begin, piece.end)
+    return step_from_log(episode, piece.title(), reasoning, sentence, piece.begin, piece.end, piece.missed)

@@ -161,8 +161,10 @@ class _Builder:
         return self.steps[index + 1].first if index + 1 < len(self.steps) else self.steps[index].last
 
     def _completed(self, index: int) -> bool:
-        """False for a step that the log itself repeats right away, such as a failed grasp."""
+        """False for a step that the log itself repeats right away, such as a failed grasp, or that is marked missed."""
         following = self.steps[index + 1] if index + 1 < len(self.steps) else None
+        if self.steps[index].missed:
+            return False
         return following is None or following.step_description != self.steps[index].step_description
 
     def _left(self, step: AnnotatedStep, start: int) -> list[list[float]]:
