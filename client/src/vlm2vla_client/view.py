@@ -176,7 +176,7 @@ def render(episode: RecordedEpisode) -> str:
     """The page for one episode."""
     animation = episode.folder / "episode.gif"
     top = _image(animation, "gif", "the episode") if animation.is_file() else ""
-    plot = f"<figure>{path_svg(episode)}<figcaption>the end effector's path from above</figcaption></figure>"
+    plot = f"<figure>{path_svg(episode)}<figcaption>the end effector's path from above, cm</figcaption></figure>"
     body = (
         _header(episode)
         + f'<div class="card two">{top}{plot}</div>'
