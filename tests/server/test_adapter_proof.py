@@ -141,7 +141,7 @@ def test_weights_that_barely_act_are_refused(make_engine: MakeEngine, base: Path
 
 
 def test_the_wrong_base_is_refused(make_engine: MakeEngine, adapter: Path, tmp_path: Path) -> None:
-    from vlm2vla_training.pretrain import write_random_base
+    from vlm2vla_training.twin_model import write_random_base
 
     other = tmp_path / "other"
     write_random_base(other, seed=7)

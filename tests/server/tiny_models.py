@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from vlm2vla_schema.types import ModelCard
-from vlm2vla_training.pretrain import write_random_base
+from vlm2vla_training.twin_model import write_random_base
 
 LANGUAGE_LINEARS = r"^model\.language_model\..*\.(q|k|v|o|up|down|gate)_proj$"
 IMAGE_SIZE = 112

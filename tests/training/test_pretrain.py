@@ -12,14 +12,16 @@ import transformers
 
 from vlm2vla_schema import prompts
 from vlm2vla_schema.types import ModelCard
-from vlm2vla_training import pretrain
+from vlm2vla_training import twin_model
 from vlm2vla_training.cli import main
 from vlm2vla_training.cpu_attention import CPU_ATTENTION
 from vlm2vla_training.errors import DataError, UsageError
-from vlm2vla_training.pretrain import IMAGE_TOKENS, THINGS, Batcher, Run, Stills, answer_vector, independent_turns
+from vlm2vla_training.pretrain import Run, spread_unmet
+from vlm2vla_training.pretrain_batches import THINGS, Batcher, Stills, answer_vector, independent_turns
 from vlm2vla_training.pretrain_command import HELD_OUT_SEED, build_parser, settings_from
 from vlm2vla_training.pretrain_data import NAMES
 from vlm2vla_training.pretrain_settings import Settings
+from vlm2vla_training.twin_model import IMAGE_TOKENS
 from vlm2vla_training.twin_tokenizer import ACTION_TOKENS, SPECIALS
 from vlm2vla_twin.truth import Truth
 
@@ -30,13 +32,13 @@ PLACES = {"gripper": (0.5, 0.5), "carrot": (0.3125, 0.6875), "card cat": (0.06, 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return pretrain.build_tokenizer()
+    return twin_model.build_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def base(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pretrain") / "base"
-    pretrain.save_base(pretrain.build_model(tokenizer, 3), tokenizer, folder, {"steps": 0}, {})
+    twin_model.save_base(twin_model.build_model(tokenizer, 3), tokenizer, folder, {"steps": 0}, {})
     return folder
 
 
@@ -141,7 +143,7 @@ def test_a_saved_base_loads_and_speaks(base: Path) -> None:
 
 
 def test_the_picture_reaches_the_words(tokenizer: Any) -> None:
-    model = pretrain.build_model(tokenizer, 0).eval()
+    model = twin_model.build_model(tokenizer, 0).eval()
     batch = Batcher(stills(), tokenizer, Settings(batch=2, text_rows=0, double_rows=0)).batch(0)
     tell: dict[str, Any] = {
         "input_ids": batch.input_ids,
@@ -155,7 +157,7 @@ def test_the_picture_reaches_the_words(tokenizer: Any) -> None:
 
 
 def test_weights_follow_the_seed(tokenizer: Any) -> None:
-    one, same, other = (pretrain.build_model(tokenizer, seed).get_input_embeddings().weight for seed in (1, 1, 2))
+    one, same, other = (twin_model.build_model(tokenizer, seed).get_input_embeddings().weight for seed in (1, 1, 2))
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 
@@ -322,14 +324,14 @@ def test_the_tower_learns_alone_first_and_gently_after(tmp_path: Path) -> None:
 
 
 def test_tokens_that_were_never_met_can_be_told_apart(tokenizer: Any) -> None:
-    model = pretrain.build_model(tokenizer, 0)
+    model = twin_model.build_model(tokenizer, 0)
     weights = model.get_input_embeddings().weight
     met = torch.zeros(len(weights), dtype=torch.bool)
     met[:100] = True
     with torch.no_grad():
         weights[100:] = 3.0 * weights[100] / weights[100].norm() + 0.01 * weights[100:]
     kept = weights[:100].detach().clone()
-    pretrain.spread_unmet(model, met, 5)
+    spread_unmet(model, met, 5)
     assert torch.equal(weights[:100], kept)
     spread = torch.nn.functional.normalize(weights[100:].detach(), dim=1)
     alike = (spread @ spread.T).fill_diagonal_(0.0)
@@ -345,7 +347,7 @@ def test_what_was_asked_counts_as_met_and_not_only_what_was_answered(tokenizer: 
 
 
 def test_attention_in_float32_is_attention(tokenizer: Any) -> None:
-    model = pretrain.build_model(tokenizer, 0).eval()
+    model = twin_model.build_model(tokenizer, 0).eval()
     batch = Batcher(stills(), tokenizer, Settings(batch=2, text_rows=0, double_rows=0)).batch(0)
     tell = {
         "input_ids": batch.input_ids,

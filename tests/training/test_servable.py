@@ -14,8 +14,8 @@ from transformers import AutoModelForImageTextToText
 
 from vlm2vla_schema.types import ModelCard
 from vlm2vla_training.errors import DataError
-from vlm2vla_training.pretrain import write_random_base
 from vlm2vla_training.servable import servable_name, weights_hash, write_servable_names
+from vlm2vla_training.twin_model import write_random_base
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from training_fakes import PICK, episode_of
 from vlm2vla_schema.types import ModelCard
 from vlm2vla_training.cli import main
 from vlm2vla_training.episodes.parquet import EpisodeWriter
-from vlm2vla_training.pretrain import write_random_base
+from vlm2vla_training.twin_model import write_random_base
 
 
 @pytest.fixture(scope="module")

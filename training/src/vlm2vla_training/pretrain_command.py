@@ -127,7 +127,7 @@ def _intention(args: argparse.Namespace, settings: Settings, stills: Path) -> st
 
 
 def _write_random(args: argparse.Namespace, started_s: float) -> int:
-    from vlm2vla_training.pretrain import write_random_base
+    from vlm2vla_training.twin_model import write_random_base
 
     write_random_base(args.out / "base", args.seed)
     finish("pretrain", args.out, {"random": True, "seed": args.seed}, started_s, "a base with random weights")
@@ -138,7 +138,8 @@ def _train(args: argparse.Namespace, settings: Settings, stills: Path, started_s
     _same_run(args.out, settings)
     if args.render:
         render_stills(stills, args.render, args.held_out, args.workers)
-    from vlm2vla_training.pretrain import Stills, train
+    from vlm2vla_training.pretrain import train
+    from vlm2vla_training.pretrain_batches import Stills
 
     pictures, held_out = Stills.load(stills / "train"), Stills.load(stills / "dev")
     write_json(args.out / "settings.json", asdict(settings))
