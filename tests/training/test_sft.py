@@ -1,5 +1,10 @@
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +76,75 @@ def test_resuming_from_a_checkpoint_gives_the_same_adapter(
     assert sft(base, curated, killed) == 0
     straight, resumed = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (run, killed))
     assert all(np.array_equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_after_kill_9_the_losses_are_those_of_an_uninterrupted_run(base: Path, curated: Path, tmp_path: Path) -> None:
+    often = ["--max-steps", "8", "--save-steps", "1", "--held-out", "0.34", "--no-tensorboard"]
+    assert sft(base, curated, tmp_path / "straight", *often) == 0
+    killed, few = tmp_path / "killed", ["--kinds", "actions,completion", "--batch-size", "2", "--warmup-steps", "1"]
+    command = [sys.executable, "-m", "vlm2vla_training.cli", "sft", "--base", str(base), "--examples", str(curated)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([*command, "--out", str(killed), "--threads", "1", *few, *often], env=environment)
+    try:
+        limit_s = time.monotonic() + 240
+        while not (killed / "checkpoint-3").exists() and process.poll() is None and time.monotonic() < limit_s:
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+    assert process.wait(60) == -signal.SIGKILL and not (killed / "summary.json").exists()
+    assert sft(base, curated, killed, *often) == 0
+    for key in ("loss", "eval_loss", "grad_norm", "learning_rate"):
+        values = [
+            [(line["step"], line[key]) for line in map(json.loads, (folder / "log.jsonl").open()) if key in line]
+            for folder in (tmp_path / "straight", killed)
+        ]
+        assert values[0] == values[1] and len(values[0]) >= 8, key
+    straight, resumed = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("straight", "killed"))
+    assert straight["loss"] == resumed["loss"] and straight["held_out_loss"] == resumed["held_out_loss"] > 0
+    assert straight["held_out_examples"] > 0
+
+
+def test_what_carries_loss_is_written_for_people_and_losses_for_tensorboard(
+    base: Path, curated: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert list((run / "tensorboard").glob("events.out.tfevents.*"))
+    assert sft(base, curated, tmp_path / "run", "--dump", "2", "--max-steps", "1", "--no-tensorboard") == 0
+    text = (tmp_path / "run" / "loss.txt").read_text()
+    assert text.count("\n--- actions of") + text.count("--- completion of") + text.startswith("--- actions") == 4
+    assert "<end_of_turn>]]]" in text and not (tmp_path / "run" / "tensorboard").exists()
+    capsys.readouterr()
+    assert sft(base, curated, tmp_path / "dry", "--dump", "2", "--dry-run") == 0 and text in capsys.readouterr().out
+
+
+def test_an_adapter_that_reaches_into_the_tower_is_exported_only_on_demand(
+    base: Path, curated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sft(base, curated, tmp_path / "run", "--scope", "paper", "--max-steps", "1") == 0
+    tower = int(json.loads((base / "config.json").read_text())["vision_config"]["num_hidden_layers"])
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["adapted_modules"] == linears(base) + 3 * tower
+    export = ["export", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "adapter"), "--no-references"]
+    assert main(export) == 2 and "vLLM" in capsys.readouterr().err
+    assert main([*export, "--unservable"]) == 0
+    assert (
+        ModelCard.read(tmp_path / "adapter").adapter_scope == "q_proj,k_proj,v_proj,o_proj,up_proj,down_proj,gate_proj"
+    )
+    assert "not with vLLM" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--preset", "at"], "variant 'at'"),
+        (["--preset", "qwen"], "qwen3_vl"),
+        (["--preset", "qlora"], "CUDA"),
+        (["--held-out", "0.01"], "leaves one side empty"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_training(
+    base: Path, curated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], reason: str
+) -> None:
+    assert sft(base, curated, tmp_path / "run", *options) == 2
+    assert reason in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_another_setting_in_the_same_folder_is_refused(

@@ -13,6 +13,9 @@ from vlm2vla_training.errors import MissingExtraError, NotBuiltError, UsageError
 
 # Optional module -> the extra that brings it.
 _EXTRAS = {"mujoco": "sim", "torch": "train", "transformers": "train", "trl": "train", "peft": "train"}
+# Those of sft.py, which needs torch to be imported; a test compares.
+_PRESETS = ("twin", "paper", "servable", "at", "nr", "qwen", "full_finetune", "qlora")
+_SCOPES = ("language_model", "paper", "all_linear")
 _NOT_BUILT = {
     "logprobs": "log-probabilities of text actions against token actions (Fig. 3)",
     "tokens": "token budgets of a dataset",
@@ -157,17 +160,25 @@ def _add_sft(commands: Commands[argparse.ArgumentParser]) -> None:
     command = _command(commands, "sft", "sft:run_sft", "fine-tune a base model on curated examples (TRL and PEFT)")
     command.add_argument("--base", type=Path, required=True, help="base model folder")
     command.add_argument("--examples", type=Path, action="append", required=True, help="folder of curate; repeatable")
-    command.add_argument("--preset", choices=("twin", "paper"), default="twin", help="paper: Table 4 as printed")
+    command.add_argument("--preset", choices=_PRESETS, default="twin", help="paper: Table 4 as printed")
+    command.add_argument(
+        "--scope", choices=_SCOPES, default=None,
+        help="linears that get an adapter; default: the preset's, language_model (what servers load) but for paper",
+    )  # fmt: skip
     command.add_argument("--full-finetune", action="store_true", help="train every weight instead of LoRA")
     command.add_argument("--epochs", type=float, default=None, help="overrides the preset")
     command.add_argument("--max-steps", type=int, default=None, help="stop after this many optimiser steps")
     command.add_argument("--learning-rate", type=float, default=None, help="overrides the preset")
     command.add_argument("--batch-size", type=int, default=None, help="examples a micro-batch; overrides the preset")
+    command.add_argument("--accumulation", type=int, default=None, help="micro-batches a step; overrides the preset")
     command.add_argument("--rank", type=int, default=None, help="LoRA rank; overrides the preset")
     command.add_argument("--max-tokens", type=int, default=None, help="longest example; overrides the preset")
     command.add_argument("--warmup-steps", type=int, default=None, help="overrides the preset")
     command.add_argument("--kinds", default=None, help="comma separated; default all")
     command.add_argument("--save-steps", type=int, default=500, help="checkpoint interval in optimiser steps")
+    command.add_argument("--held-out", type=float, default=0.0, help="fraction of episodes kept for the held-out loss")
+    command.add_argument("--dump", type=int, default=0, help="write this many examples a kind to loss.txt, decoded")
+    command.add_argument("--no-tensorboard", action="store_true", help="log.jsonl only")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
     command.add_argument("--compile", action="store_true", help="fuse the language layers; needs a C++ compiler")
@@ -186,6 +197,7 @@ def _add_export(commands: Commands[argparse.ArgumentParser]) -> None:
     command.add_argument(
         "--no-references", dest="references", action="store_false", help="leave the log-probabilities out of the card"
     )
+    command.add_argument("--unservable", action="store_true", help="export an adapter that vLLM would load wrongly")
     command.add_argument("--device", default="cpu", help="where references are measured, in float32: cpu, cuda, cuda:N")
 
 

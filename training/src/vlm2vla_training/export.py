@@ -33,8 +33,8 @@ from vlm2vla_training.errors import DataError, UsageError
 from vlm2vla_training.jsonio import read_json, sha256_of_files
 from vlm2vla_training.progress import finish
 from vlm2vla_training.servable import write_servable_names
-from vlm2vla_training.sft import ADAPTER_SCOPE
-from vlm2vla_training.sft_data import Encoder
+from vlm2vla_training.sft import SCOPES
+from vlm2vla_training.sft_data import Encoder, image_token
 
 _GEMMA_NOTICE = """Gemma is provided under and subject to the Gemma Terms of Use found at https://ai.google.dev/gemma/terms
 
@@ -59,6 +59,7 @@ def _export_run(args: argparse.Namespace) -> int:
     summary = read_json(args.run / "summary.json")
     if summary.get("command") != "sft":
         raise DataError(f"{args.run}/summary.json is not of a finished sft run")
+    _refuse_unservable(args, summary)
     base = args.base or Path(summary["base_path"])
     base_card = ModelCard.read(base)
     if base_card.base_hash != summary["base_hash"]:
@@ -134,7 +135,7 @@ def model_card(
         name=args.name,
         base_model=base.name,
         base_hash=base.base_hash,
-        adapter_scope="full" if summary["full_finetune"] else ADAPTER_SCOPE,
+        adapter_scope=_scope_text(summary),
         adapted_modules=summary["adapted_modules"],
         representation="tokens" if variant == "at" else "text",
         digit_map=dict(DIGIT_MAP) if variant == "at" else None,
@@ -148,6 +149,27 @@ def model_card(
         metrics=metrics,
         licence=args.licence or base.licence,
     )
+
+
+def _scope(summary: dict[str, Any]) -> str:
+    """The run's scope; runs from before there was a choice have none recorded."""
+    return "full" if summary["full_finetune"] else str(summary["preset"].get("scope", "language_model"))
+
+
+def _scope_text(summary: dict[str, Any]) -> str:
+    """What the card says was adapted: "full", PEFT's expression, or the names."""
+    targets = "full" if _scope(summary) == "full" else SCOPES[_scope(summary)]
+    return targets if isinstance(targets, str) else ",".join(targets)
+
+
+def _refuse_unservable(args: argparse.Namespace, summary: dict[str, Any]) -> None:
+    scope = _scope(summary)
+    if scope not in ("full", "language_model") and not args.unservable:
+        raise UsageError(
+            f"this adapter has scope {scope!r}: vLLM leaves its vision tower's part out or mixes it up without an "
+            "error. Train with --scope language_model, or give --unservable for an adapter that only transformers and "
+            "PEFT load rightly"
+        )
 
 
 def _copy_weights(source: Path, target: Path, dtype: torch.dtype, base_name: str) -> None:
@@ -202,7 +224,7 @@ def _reference(prompt: str, png: bytes, image: Image.Image, encoder: Encoder, ad
     ).to(adapted.device)
     start = inputs["input_ids"].shape[1]
     written = adapted.generate(**inputs, do_sample=False, max_new_tokens=REFERENCE_TOKENS)[0, start:].tolist()
-    control = set(encoder.tokenizer.all_special_ids) | {int(encoder.processor.image_token_id)}
+    control = set(encoder.tokenizer.all_special_ids) | {image_token(encoder.processor)}
     stop = encoder.tokenizer.convert_tokens_to_ids(encoder.end_of_turn)
     text = encoder.tokenizer.decode(
         [token for token in written if token != stop and token not in control], skip_special_tokens=False
@@ -245,6 +267,8 @@ def _write_texts(folder: Path, card: ModelCard, base: Path, summary: dict[str, A
         "",
         f"Licence: {card.licence or 'that of the base model'}.",
     ]
+    if _scope(summary) not in ("full", "language_model"):
+        lines += ["", f"Its scope is `{_scope(summary)}`: use it with `--engine transformers`, not with vLLM."]
     if any(name.startswith("bridge") for name in summary.get("sources", [])):
         lines += [
             "",

@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import importlib.util
 import json
+import math
 import os
 import shutil
 import sys
@@ -23,53 +25,133 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PrinterCallback,
+    TrainerCallback,
+)
 from trl import SFTConfig, SFTTrainer
 
 from vlm2vla_schema.types import ModelCard
 from vlm2vla_training.cpu_attention import CPU_ATTENTION
 from vlm2vla_training.curation.dataset import ExampleSet, load_examples
 from vlm2vla_training.errors import DataError, UsageError
-from vlm2vla_training.jsonio import read_json, write_json
+from vlm2vla_training.jsonio import read_json, read_jsonl, write_json
 from vlm2vla_training.progress import finish
-from vlm2vla_training.sft_data import Collator, Encoder, check_parity, encode_all
+from vlm2vla_training.sft_data import Collator, Encoder, check_parity, dump, encode_all
 
-# The seven linears of every language layer. The paper's plain list of names would also hit the vision tower's q, k, v,
-# which servers then load wrongly without an error.
+# The paper's seven names, and the same of the language model alone. A plain list of names also hits the vision tower's
+# q, k, v, which some servers then load wrongly without an error.
+PAPER_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj")
 ADAPTER_SCOPE = r"^model\.language_model\..*\.(q|k|v|o|up|down|gate)_proj$"
-LINEARS_PER_LAYER = 7
+SCOPES: dict[str, str | list[str]] = {
+    "language_model": ADAPTER_SCOPE,
+    "paper": list(PAPER_NAMES),
+    "all_linear": "all-linear",
+}
+"""What PEFT is told for each scope; only `language_model` is loaded rightly by every server."""
 SETTINGS_FILE = "run.json"
 LOG_FILE = "log.jsonl"
+DUMP_FILE = "loss.txt"
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Hyper-parameters of a run. `full_learning_rate` is used when every weight is trained; `bf16` is the precision of
-    the computation (autocast), `weights` the type in which the base is loaded.
+    """Hyper-parameters of a run; the defaults are Table 4: AdamW (0.9, 0.999, 1e-8), linear decay, bfloat16, and
+    micro-batch 1 x accumulation 2 x 4 GPUs = 8.
+
+    `full_learning_rate` is used when every weight is trained (`full`); `bf16` is the precision of the computation
+    (autocast), `weights` the type in which the base is loaded, "nf4" 4-bit (QLoRA). `variant` is the only kind of
+    example set that the preset takes, None any; `model_type` likewise of the base's config.
     """
 
-    rank: int
-    alpha: int
-    learning_rate: float
-    full_learning_rate: float
-    batch_size: int
-    accumulation: int
-    epochs: float
-    warmup_steps: int
-    weight_decay: float
-    max_tokens: int
-    weights: str
-    bf16: bool
-    gradient_checkpointing: bool
-    max_grad_norm: float
+    rank: int = 16
+    alpha: int = 32
+    learning_rate: float = 5e-5
+    full_learning_rate: float = 1e-5
+    batch_size: int = 1
+    accumulation: int = 2
+    epochs: float = 1.0
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_tokens: int = 1024
+    weights: str = "bfloat16"
+    bf16: bool = True
+    gradient_checkpointing: bool = True
+    max_grad_norm: float = 1.0
+    scope: str = "language_model"
+    full: bool = False
+    variant: str | None = None
+    model_type: str | None = None
 
 
 PRESETS = {
-    # Table 4: AdamW (0.9, 0.999, 1e-8), linear decay, bfloat16; micro-batch 1 x accumulation 2 x 4 GPUs = 8.
-    "paper": Preset(16, 32, 5e-5, 1e-5, 1, 2, 1.0, 0, 0.0, 1024, "bfloat16", True, True, 1.0),
+    # As printed: the seven names wherever they occur. Its adapter runs in transformers and PEFT only.
+    "paper": Preset(scope="paper", variant="main"),
+    # The same in the language model alone, which vLLM loads rightly too.
+    "servable": Preset(variant="main"),
+    # Section 4's ablations, "trained identically": action tokens (B.3) and no reasoning.
+    "at": Preset(variant="at"),
+    "nr": Preset(variant="nr"),
+    # VLM2VLA-Q: "identical data and hyperparameters".
+    "qwen": Preset(variant="main", model_type="qwen3_vl"),
+    "full_finetune": Preset(full=True),
+    # One 24 GB GPU: the base in 4 bits, all eight examples of a step on it.
+    "qlora": Preset(weights="nf4", accumulation=8),
     # A model of some million parameters on a CPU: same adapter, larger steps; bfloat16 products are twice as quick.
-    "twin": Preset(16, 32, 1e-3, 3e-4, 32, 1, 3.0, 50, 0.0, 1024, "float32", True, False, 1.0),
-}
+    "twin": Preset(
+        learning_rate=1e-3, full_learning_rate=3e-4, batch_size=32, accumulation=1, epochs=3.0, warmup_steps=50,
+        weights="float32", gradient_checkpointing=False,
+    ),
+}  # fmt: skip
+
+
+def expected_modules(config: Any, scope: str) -> int:
+    """How many linears `scope` must adapt, from a base's config alone; docs/train.md derives the counts by hand.
+
+    Raises:
+        UsageError: the scope reaches into a vision tower whose linears are not counted here.
+    """
+    text = config.get_text_config()
+    vision: Any = getattr(config, "vision_config", None)
+    language = len(PAPER_NAMES) * int(text.num_hidden_layers)
+    if scope == "language_model":
+        return language
+    tower = getattr(vision, "model_type", None)
+    if tower == "siglip_vision_model":  # q, k, v have the paper's names; out_proj, fc1, fc2 have not
+        return language + (3 if scope == "paper" else 6) * int(vision.num_hidden_layers)
+    if tower in ("qwen3_vl", "qwen3_vl_vision"):  # attn.qkv, attn.proj, linear_fc1, linear_fc2: none has
+        mergers = 1 + len(vision.deepstack_visual_indexes)
+        return language + (0 if scope == "paper" else 4 * int(vision.depth) + 2 * mergers)
+    raise UsageError(f"scope {scope!r} is not counted for a vision tower {tower!r}; use --scope language_model")
+
+
+def lora_config(preset: Preset) -> LoraConfig:
+    """The adapter of a preset. The paper names no dropout: none."""
+    targets = SCOPES[preset.scope]
+    return LoraConfig(
+        r=preset.rank, lora_alpha=preset.alpha, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM"
+    )
+
+
+def adapted_modules(model: torch.nn.Module) -> list[str]:
+    """Names of the modules that carry an adapter."""
+    return [name.removesuffix(".lora_A") for name, _ in model.named_modules() if name.endswith(".lora_A")]
+
+
+def check_adapted(model: torch.nn.Module, config: Any, scope: str) -> int:
+    """Count the adapted modules.
+
+    Raises:
+        DataError: the scope did not hit exactly what it should.
+    """
+    found, expected = len(adapted_modules(model)), expected_modules(config, scope)
+    if found != expected:
+        raise DataError(f"scope {scope!r} adapted {found} modules of {config.model_type}; expected {expected}")
+    return found
 
 
 def run_sft(args: argparse.Namespace) -> int:
@@ -82,53 +164,95 @@ def run_sft(args: argparse.Namespace) -> int:
     kinds = tuple(args.kinds.split(",")) if args.kinds else None
     examples = merged([load_examples(folder, card.image_size, kinds) for folder in args.examples])
     settings = run_settings(args, preset, card)
+    check_base(args, preset)
     processor = AutoProcessor.from_pretrained(args.base)
     encoder = Encoder(processor)
     encoded = encode_all(examples, encoder, preset.max_tokens)
     lengths = [len(tokens) for tokens in encoded]
-    counts = {"examples": len(examples), "images": len(examples.pixels), "kinds": dict(Counter(examples.kinds))}
+    training, held_out = split_by_episode(examples.episode_keys, args.held_out)
+    collator = Collator(examples, encoded, processor)
+    counts: dict[str, Any] = {
+        "examples": len(examples),
+        "images": len(examples.pixels),
+        "kinds": dict(Counter(examples.kinds)),
+    }
+    counts["held_out_examples"] = len(held_out)
     counts["tokens"] = {"mean": round(float(np.mean(lengths)), 1), "max": max(lengths)}
     if args.dry_run:
         print(f"sft: would train on {json.dumps(counts)} with {json.dumps(settings['preset'])}")
+        print(dump(examples, collator, encoder, args.dump), end="")
         return 0
-    _check_same_run(args.out, settings)
-    collator = Collator(examples, encoded, processor)
-    check_parity(examples, collator, encoder)
-    trainer, adapted = build_trainer(args, preset, processor, collator, lengths)
+    first = int(os.environ.get("RANK", "0")) == 0  # of several processes one writes
     checkpoint = newest_checkpoint(args.out)
-    trim_log(args.out / LOG_FILE, checkpoint)
+    _check_same_run(args.out, settings, write=first)
+    check_parity(examples, collator, encoder)
+    if first:
+        trim_log(args.out / LOG_FILE, checkpoint)
+        if args.dump:
+            (args.out / DUMP_FILE).write_text(dump(examples, collator, encoder, args.dump), encoding="utf-8")
+    trainer, adapted = build_trainer(args, preset, processor, collator, rows_of(training), rows_of(held_out))
     print(f"sft: {json.dumps(counts)}, {adapted} adapted modules, resume from {checkpoint}", file=sys.stderr)
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    target = args.out / ("model" if args.full_finetune else "adapter")
+    if held_out:
+        trainer.evaluate()
+    if not first:
+        return 0
+    target = args.out / ("model" if preset.full else "adapter")
     save(trainer, processor, target)
+    losses = logged(args.out / LOG_FILE, "loss") or [float(result.training_loss)]
+    held_out_losses = logged(args.out / LOG_FILE, "eval_loss")
     summary = {
         **counts,
         "adapted_modules": adapted,
         "steps": int(result.global_step),
-        "loss": round(float(result.training_loss), 5),
+        "loss": round(float(np.mean(losses)), 5),
+        "held_out_loss": held_out_losses[-1] if held_out_losses else None,
         "artifact": target.name,
         **settings,
     }
-    finish("sft", args.out, summary, started, f"{result.global_step} steps, mean loss {result.training_loss:.4f}")
+    finish("sft", args.out, summary, started, f"{result.global_step} steps, mean loss {summary['loss']}")
     return 0
+
+
+def split_by_episode(keys: list[str], fraction: float) -> tuple[list[int], list[int]]:
+    """Example numbers to train on and to hold out. Whole episodes are held out: frames of one episode are alike. Which
+    depends on the keys alone, so that two runs on the same data hold out the same.
+
+    Raises:
+        UsageError: `fraction` is not in [0, 1), or leaves a side empty.
+    """
+    if not 0 <= fraction < 1:
+        raise UsageError(f"--held-out {fraction}: expected at least 0 and less than 1")
+    episodes = sorted(set(keys), key=lambda key: hashlib.sha256(key.encode()).digest())
+    held = set(episodes[: round(fraction * len(episodes))])
+    if fraction and len(held) in (0, len(episodes)):
+        raise UsageError(f"--held-out {fraction} of {len(episodes)} episodes leaves one side empty")
+    places = range(len(keys))
+    return [i for i in places if keys[i] not in held], [i for i in places if keys[i] in held]
+
+
+def rows_of(numbers: list[int]) -> Dataset | None:
+    """What the collator turns into batches; None when there is nothing."""
+    return Dataset.from_dict({"example": numbers}) if numbers else None
+
+
+def logged(path: Path, key: str) -> list[float]:
+    """Every value of `key` in log.jsonl, across resumptions."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [float(value[key]) for value in map(json.loads, lines) if key in value]
 
 
 def chosen_preset(args: argparse.Namespace) -> Preset:
     """Apply the command line to the preset."""
     preset = PRESETS[args.preset]
+    full = preset.full or bool(args.full_finetune)
     rate = args.learning_rate
     if rate is None:
-        rate = preset.full_learning_rate if args.full_finetune else preset.learning_rate
-    changes: dict[str, Any] = {"learning_rate": rate}
-    for option, name in (
-        ("epochs", "epochs"),
-        ("batch_size", "batch_size"),
-        ("rank", "rank"),
-        ("max_tokens", "max_tokens"),
-        ("warmup_steps", "warmup_steps"),
-    ):
-        if getattr(args, option) is not None:
-            changes[name] = getattr(args, option)
+        rate = preset.full_learning_rate if full else preset.learning_rate
+    changes: dict[str, Any] = {"learning_rate": rate, "full": full}
+    for name in ("epochs", "batch_size", "accumulation", "rank", "max_tokens", "warmup_steps", "scope"):
+        if getattr(args, name) is not None:
+            changes[name] = getattr(args, name)
     if args.rank is not None:
         changes["alpha"] = 2 * args.rank
     return dataclasses.replace(preset, **changes)
@@ -140,6 +264,11 @@ def run_settings(args: argparse.Namespace, preset: Preset, base: ModelCard) -> d
     variants = {summary["options"]["variant"] for summary in summaries}
     if len(variants) != 1:
         raise UsageError(f"the example folders hold different variants: {sorted(variants)}")
+    if preset.variant is not None and variants != {preset.variant}:
+        raise UsageError(
+            f"preset {args.preset!r} is for examples of variant {preset.variant!r}, these are {variants.pop()!r}; "
+            "choose another preset, or curate with --variant"
+        )
     hashes = [summary["data_hash"] for summary in summaries]
     return {
         "base": base.name,
@@ -149,22 +278,46 @@ def run_settings(args: argparse.Namespace, preset: Preset, base: ModelCard) -> d
         "sources": sorted({name for summary in summaries for name in summary.get("sources", [])}),
         "plan_source": summaries[0]["options"]["plan_source"],
         "data_hash": hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
-        "full_finetune": bool(args.full_finetune),
+        "full_finetune": preset.full,
         "max_steps": args.max_steps,
         "seed": args.seed,
         "kinds_chosen": args.kinds,
+        "held_out": args.held_out,
         "preset": {"name": args.preset, **dataclasses.asdict(preset)},
     }
 
 
-def _check_same_run(out: Path, settings: dict[str, Any]) -> None:
+def check_base(args: argparse.Namespace, preset: Preset) -> None:
+    """Refuse a base that the preset or the encoder is not for, before anything large is read.
+
+    Raises:
+        UsageError: see the message.
+    """
+    config = AutoConfig.from_pretrained(args.base)
+    if preset.model_type not in (None, config.model_type):
+        raise UsageError(f"preset {args.preset!r} is for {preset.model_type}, {args.base} is {config.model_type}")
+    if config.model_type != "gemma3":
+        raise UsageError(
+            f"{args.base} is {config.model_type}; examples are encoded for gemma3 only so far (its image tokens and "
+            "its end of turn), although the adapter's scopes are counted for qwen3_vl too"
+        )
+    if not preset.full:
+        expected_modules(config, preset.scope)
+    if preset.weights == "nf4" and (importlib.util.find_spec("bitsandbytes") is None or not torch.cuda.is_available()):
+        raise UsageError(
+            f"preset {args.preset!r} needs a CUDA GPU and bitsandbytes; install vlm2vla-training[qlora] there"
+        )
+
+
+def _check_same_run(out: Path, settings: dict[str, Any], write: bool) -> None:
     path = out / SETTINGS_FILE
     if path.exists():
         before = read_json(path)
         changed = sorted(key for key in settings if key != "base_path" and before.get(key) != settings[key])
         if changed:
             raise UsageError(f"{out} holds a run with other settings ({', '.join(changed)}); choose another --out")
-    write_json(path, settings)
+    if write:
+        write_json(path, settings)
 
 
 def merged(sets: list[ExampleSet]) -> ExampleSet:
@@ -184,51 +337,55 @@ def merged(sets: list[ExampleSet]) -> ExampleSet:
 
 
 def build_trainer(
-    args: argparse.Namespace, preset: Preset, processor: Any, collator: Collator, lengths: list[int]
+    args: argparse.Namespace,
+    preset: Preset,
+    processor: Any,
+    collator: Collator,
+    training: Dataset,
+    held_out: Dataset | None,
 ) -> tuple[SFTTrainer, int]:
     """Load the base and wrap it. Returns the trainer and the number of adapted modules (0 for a full fine-tune).
 
     Raises:
-        DataError: the scope did not hit the seven linears of every language layer.
+        DataError: the scope did not hit exactly the modules that it should.
     """
-    # As a string the model would load in float32 whatever the preset says.
-    model = AutoModelForImageTextToText.from_pretrained(args.base, dtype=getattr(torch, preset.weights))
-    if not torch.cuda.is_available():
-        model.set_attn_implementation(CPU_ATTENTION)
-    layers = int(model.config.get_text_config().num_hidden_layers)
-    lora = LoraConfig(
-        r=preset.rank,
-        lora_alpha=preset.alpha,
-        lora_dropout=0.0,
-        target_modules=ADAPTER_SCOPE,
-        task_type="CAUSAL_LM",
-    )
-    dataset = Dataset.from_dict({"example": list(range(len(lengths))), "length": lengths})
+    model = load_base(args.base, preset)
+    config = model.config
     trainer = SFTTrainer(
         model=model,
-        args=training_arguments(args, preset),
-        train_dataset=dataset,
+        args=training_arguments(args, preset, held_out is not None),
+        train_dataset=training,
+        eval_dataset=held_out,
         data_collator=lambda rows: {name: torch.from_numpy(array) for name, array in collator(rows).items()},
         processing_class=processor,
-        peft_config=None if args.full_finetune else lora,
+        peft_config=None if preset.full else lora_config(preset),
         callbacks=[JsonlLog(args.out / LOG_FILE)],
     )
     if args.compile:
-        whole = trainer.model if args.full_finetune else trainer.model.get_base_model()
+        whole = trainer.model if preset.full else trainer.model.get_base_model()
         for layer in whole.model.language_model.layers:
             layer.compile(dynamic=True)
     trainer.remove_callback(PrinterCallback)  # JsonlLog says the same in one line
-    adapted = sum(name.endswith(".lora_A") for name, _ in trainer.model.named_modules())
-    expected = 0 if args.full_finetune else LINEARS_PER_LAYER * layers
-    if adapted != expected:
-        raise DataError(
-            f"the adapter hit {adapted} modules; expected {expected} (7 linears of {layers} language layers)"
-        )
-    return trainer, adapted
+    return trainer, 0 if preset.full else check_adapted(trainer.model, config, preset.scope)
 
 
-def training_arguments(args: argparse.Namespace, preset: Preset) -> SFTConfig:
+def load_base(folder: Path, preset: Preset) -> Any:
+    """Load the base in the preset's type: as a mere path it would be float32 whatever the preset says."""
+    if preset.weights == "nf4":
+        quantized = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )  # fmt: skip
+        return AutoModelForImageTextToText.from_pretrained(folder, quantization_config=quantized, dtype=torch.bfloat16)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, preset.weights))
+    if not torch.cuda.is_available():
+        model.set_attn_implementation(CPU_ATTENTION)
+    return model
+
+
+def training_arguments(args: argparse.Namespace, preset: Preset, held_out: bool) -> SFTConfig:
     """Translate a preset for TRL. `max_length` stays None: lengths are checked before, nothing is cut."""
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(args.out / "tensorboard"))
     return SFTConfig(
         output_dir=str(args.out),
         per_device_train_batch_size=preset.batch_size,
@@ -255,11 +412,16 @@ def training_arguments(args: argparse.Namespace, preset: Preset) -> SFTConfig:
         train_sampling_strategy="random",
         dataloader_num_workers=0,
         dataloader_pin_memory=False,
-        logging_steps=10,
+        # A checkpoint holds no half of an average: a resumed run logs the same losses as an uninterrupted one.
+        logging_steps=math.gcd(args.save_steps, 10),
+        eval_strategy="steps" if held_out else "no",
+        eval_steps=args.save_steps,
+        per_device_eval_batch_size=preset.batch_size,
+        prediction_loss_only=True,
         save_strategy="steps",
         save_steps=args.save_steps,
         save_total_limit=2,
-        report_to="none",
+        report_to="none" if args.no_tensorboard else "tensorboard",
         seed=args.seed,
         disable_tqdm=True,
     )
@@ -280,6 +442,8 @@ class JsonlLog(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Write one line; called by the trainer every `logging_steps`."""
+        if not state.is_world_process_zero:
+            return
         step = int(state.global_step)
         line = {"step": step, **{key: value for key, value in (logs or {}).items() if isinstance(value, int | float)}}
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -299,8 +463,16 @@ class JsonlLog(TrainerCallback):
 
 def newest_checkpoint(out: Path) -> Path | None:
     """Return the checkpoint-N folder with the largest N that is complete, or None."""
-    found = [path for path in out.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
+    found = [path for path in out.glob("checkpoint-*") if _is_complete(path / "trainer_state.json")]
     return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def _is_complete(state: Path) -> bool:
+    """The trainer writes this file last, but not at once: a kill can leave a part of it."""
+    try:
+        return "global_step" in json.loads(state.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
 
 
 def trim_log(path: Path, checkpoint: Path | None) -> None:
@@ -308,7 +480,7 @@ def trim_log(path: Path, checkpoint: Path | None) -> None:
     if not path.exists():
         return
     last = int(checkpoint.name.split("-")[1]) if checkpoint else 0
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= last]
+    lines = [json.dumps(line) for line in read_jsonl(path) if line["step"] <= last]  # a torn last line is left out
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     os.replace(partial, path)

@@ -33,6 +33,13 @@ class Tokens:
         return len(self.prompt) + len(self.answer)
 
 
+def image_token(processor: Any) -> int:
+    """The id of a picture's soft tokens. `processor.image_token_id` of Gemma 3 is that of <start_of_image> instead: the
+    token that stands for a picture before it is expanded.
+    """
+    return int(processor.tokenizer.image_token_id)
+
+
 class Encoder:
     """Turns prompts and completions into token ids with a processor's chat template; equal prompts are encoded once."""
 
@@ -55,7 +62,7 @@ class Encoder:
         """Encode one example.
 
         Raises:
-            DataError: the answer does not survive the tokenizer (an unknown character).
+            DataError: the answer holds an image token, which would carry loss.
         """
         key = (prompt, images)
         if key not in self._prompts:
@@ -63,6 +70,8 @@ class Encoder:
             self._prompts[key] = self._ids(text.replace(self.processor.boi_token, self.processor.full_image_sequence))
         # The template trims text, hence so do we.
         answer = self._ids(completion.strip() + self.end_of_turn)
+        if image_token(self.processor) in answer:
+            raise DataError(f"the answer {completion[:80]!r} holds the image token; answers are text only")
         return Tokens(self._prompts[key], answer)
 
     def _ids(self, text: str) -> NDArray[np.int32]:
@@ -98,7 +107,7 @@ class Collator:
         self._examples = examples
         self._encoded = encoded
         self._pad = int(processor.tokenizer.pad_token_id)
-        self._image_token = int(processor.image_token_id)
+        self._image_token = image_token(processor)
         image = processor.image_processor
         scale = float(image.rescale_factor)
         mean, std = np.asarray(image.image_mean), np.asarray(image.image_std)
@@ -135,8 +144,38 @@ class Collator:
         return scaled
 
 
+def dump(examples: ExampleSet, collator: Collator, encoder: Encoder, count: int) -> str:
+    """Up to `count` examples of each kind, spread over the set, as `decoded` shows them: for people to read."""
+    blocks = []
+    for kind in sorted(set(examples.kinds)) if count else ():
+        places = [place for place, name in enumerate(examples.kinds) if name == kind]
+        chosen = sorted({places[i * len(places) // count] for i in range(count)})
+        blocks += [decoded(examples, collator, encoder, place) for place in chosen]
+    return "\n".join(blocks)
+
+
+def decoded(examples: ExampleSet, collator: Collator, encoder: Encoder, index: int) -> str:
+    """One example as the model gets it: decoded ids, what carries loss between "[[[" and "]]]", runs of image tokens as
+    "<image_soft_token> x N". Read from a batch's labels, not from what they were made of.
+    """
+    batch = collator([{"example": index}])
+    ids, labels = batch["input_ids"][0], batch["labels"][0]
+    soft = image_token(encoder.processor)
+    text, start = "", 0
+    edges = np.flatnonzero((np.diff(ids == soft) != 0) | (np.diff(labels != _IGNORED) != 0))
+    for end in [*(int(edge) + 1 for edge in edges), len(ids)]:
+        piece = encoder.tokenizer.decode(ids[start:end].tolist(), skip_special_tokens=False)
+        if ids[start] == soft:
+            piece = f"<image_soft_token> x {end - start}"
+        text += piece if labels[start] == _IGNORED else f"[[[{piece}]]]"
+        start = end
+    tokens, loss = len(ids), int(np.count_nonzero(labels != _IGNORED))
+    head = f"--- {examples.kinds[index]} of {examples.episode_keys[index]}: {tokens} tokens, {loss} carry loss"
+    return f"{head}\n{text}\n"
+
+
 def check_parity(examples: ExampleSet, collator: Collator, encoder: Encoder) -> None:
-    """Compare prompts and pictures of some examples with what the processor itself makes of them.
+    """Compare prompts, token types and pictures of some examples with what the processor itself makes of them.
 
     Raises:
         DataError: ids or pixel values differ; training and serving would then see different inputs.
@@ -150,6 +189,11 @@ def check_parity(examples: ExampleSet, collator: Collator, encoder: Encoder) -> 
         ours = encoder.encode(examples.prompts[index], "", len(images)).prompt
         if theirs["input_ids"][0].tolist() != ours.tolist():
             raise DataError(f"example {index}: our prompt tokens differ from the processor's; the template has changed")
+        types = collator([{"example": index}])["token_type_ids"][0]
+        if theirs["token_type_ids"][0].tolist() != types[: len(ours)].tolist() or types[len(ours) :].any():
+            raise DataError(
+                f"example {index}: other tokens count as a picture's than the processor's: the attention differs"
+            )
         if images:
             mine = collator.pixel_values(examples.pixels[examples.images[index]])
             if mine.shape != theirs["pixel_values"].shape or not np.allclose(mine, theirs["pixel_values"], atol=1e-4):
