@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from vlm2vla_client import commands, configure, doctor
+from vlm2vla_client import commands, configure, doctor, home
 from vlm2vla_client.bench import options as bench_options
 from vlm2vla_client.config import CAMERAS, POLICIES, ROBOTS, VERIFIERS
 from vlm2vla_client.errors import ClientError
@@ -25,7 +25,6 @@ INTERRUPTED = 130
 DEVELOPMENT_SEED = 500_000  # below lie the seeds of training, from 1,000,000 on those of tests
 NOT_BUILT = {
     "calibrate": "find counter and wall",
-    "home": "move the arm to its start pose",
 }
 
 
@@ -63,7 +62,7 @@ def _add_run(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     run.add_argument("--record", type=Path, default=Path("runs"), metavar="DIR", help="default ./runs")
     run.add_argument("--max-cycles", type=_natural, default=30, metavar="N", help="in all; 0: until done (default 30)")
     run.add_argument("--execute", choices=("whole", "streamed"), default="whole")
-    run.add_argument("--speed", type=_speed, default=1.0, metavar="F", help="share of the speed limit, above 0 to 1")
+    run.add_argument("--speed", type=home.speed, default=1.0, metavar="F", help="share of the speed limit, 0..1")
     run.add_argument("--realtime", action="store_true", help="twin: let simulated seconds take as long as they say")
     run.add_argument("--dry-run", action="store_true", help="ask and check, but do not move")
     run.add_argument("--confirm", action="store_true", help="ask before every chunk")
@@ -129,6 +128,10 @@ def _add_setting_up(subparsers: argparse._SubParsersAction[argparse.ArgumentPars
     configure.add_arguments(settings)
     settings.set_defaults(command=configure.configure)
 
+    start = subparsers.add_parser("home", help="move the arm to its start pose, slowly, through the same filter")
+    home.add_arguments(start)
+    start.set_defaults(command=home.home)
+
     check = subparsers.add_parser("doctor", help="check server, camera, arm, verifier and limits; name every remedy")
     doctor.add_arguments(check)
     check.set_defaults(command=doctor.doctor)
@@ -152,13 +155,6 @@ def _rate(text: str) -> float:
     value = float(text)
     if not 0.0 < value <= 1000.0:
         raise argparse.ArgumentTypeError(f"expected above 0 to 1000, received {value}")
-    return value
-
-
-def _speed(text: str) -> float:
-    value = float(text)
-    if not 0.0 < value <= 1.0:
-        raise argparse.ArgumentTypeError(f"expected above 0 to 1, received {value}")
     return value
 
 

@@ -129,7 +129,7 @@ def _run_on_arm(
     operator = operator_of_run(arguments.hold_to_run)
     arm, arm_name = physical.make_robot(robot, config)
     limits = physical.physical_limits(config.limits)
-    confirm, speed = restrain(arguments.confirm, arguments.speed, is_commissioned(robot, arm_name))
+    confirm, speed = restrain(arguments.confirm, arguments.speed, is_commissioned(robot, arm_name, limits))
     if (confirm, speed) != (arguments.confirm, arguments.speed):
         print(f"{robot} {arm_name} was never commissioned: --confirm --speed {speed:g} apply", file=sys.stderr)
     if confirm and arguments.execute == "streamed":

@@ -68,8 +68,8 @@ def physical_limits(overrides: Mapping[str, Any]) -> Limits:
     missing = [key for key in ("counter_z_m", "wall_x_m") if key not in overrides]
     if missing:
         raise ConfigurationError(
-            f"limits.toml lacks {' and '.join(missing)}: measure the counter's height and the wall's distance in the "
-            "arm's base frame and give them to `vlm2vla-client configure`; a physical arm does not move without them"
+            f"limits.toml lacks {' and '.join(missing)}: find them with `vlm2vla-client calibrate`, or measure them in "
+            "the arm's base frame and give them to `configure`; a physical arm does not move without them"
         )
     return make_limits(overrides, counter_z_m=float(overrides["counter_z_m"]), wall_x_m=float(overrides["wall_x_m"]))
 
