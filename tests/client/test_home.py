@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from arm_bench import patiently, start_with_yaw
+from arm_bench import STARVED, patiently, start_with_yaw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from robot_fakes import FakeArm, ManualClock, ScriptedMonitor, joints_at, limits
-from test_physical_run import STARVED, Desk
+from test_physical_run import Desk
 
 from vlm2vla_client.cli import main
 from vlm2vla_client.config import load_config
@@ -183,7 +183,7 @@ def test_an_arm_never_commissioned_is_asked_and_slow(
         assert "never commissioned: --confirm --speed 0.1 apply" in capsys.readouterr().err
         assert bool(desk.bench.logged("group")) is (code == 0)
     steps = [event for event in desk.events() if event["event"] == "substep"]
-    turned = np.linalg.norm(rotation_vector(forward(joints_at(HOME_M)).rotation.T @ forward(desk.joints()).rotation))
+    turned = np.linalg.norm(rotation_vector(forward(joints_at([0.30, 0.0, 0.15])).rotation.T @ forward(desk.joints()).rotation))
     assert turned < 0.05 and sum(step["duration_s"] for step in steps) >= 0.03 / (0.25 * 0.1)
 
 

@@ -340,8 +340,3 @@ def bench(arguments: argparse.Namespace) -> int:
     from vlm2vla_client.bench.cli import main
 
     return main(arguments, print_json)
-
-
-def not_built(arguments: argparse.Namespace) -> int:
-    """The commands of a later version."""
-    raise NotBuiltError(f"`vlm2vla-client {arguments.name}` is not built yet")

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 import numpy as np
 
-from vlm2vla_client import physical
 from vlm2vla_client.commissioning import is_commissioned, restrain
-from vlm2vla_client.config import PHYSICAL_ROBOTS, ClientConfig, load_config
-from vlm2vla_client.errors import ConfigurationError, NotBuiltError
 from vlm2vla_client.keys import TerminalKeys, terminal_of_operator
-from vlm2vla_client.operator_arm import Bench, OperatorArm, twin_limits
+from vlm2vla_client.operator_arm import OperatorArm
+from vlm2vla_client.operator_bench import add_bench_arguments, find_bench, speed
 from vlm2vla_client.operator_keys import NoOperator, Operator, SpaceHolds
 from vlm2vla_client.recorder import plain
 from vlm2vla_twin.kinematics import DOWN
@@ -26,47 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_bench_arguments(parser)
     parser.add_argument("--speed", type=speed, default=DEFAULT_SPEED, metavar="F", help=f"default {DEFAULT_SPEED}")
     parser.add_argument("--confirm", action="store_true", help="show where it goes and ask first")
-
-
-def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which arm, which settings, where it is recorded."""
-    parser.add_argument("--sim", action="store_true", help="rehearse on the twin")
-    parser.add_argument("--realtime", action="store_true", help="twin: let simulated seconds take as long as they say")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="client.toml (default: the user's config folder)")
-    parser.add_argument("--robot", choices=PHYSICAL_ROBOTS, help="default widowx, or client.toml")
-    parser.add_argument("--record", type=Path, default=Path("runs"), metavar="DIR", help="default ./runs")
-
-
-def speed(text: str) -> float:
-    """A share of the speed limits. Raises ArgumentTypeError outside 0..1."""
-    value = float(text)
-    if not 0.0 < value <= 1.0:
-        raise argparse.ArgumentTypeError(f"expected above 0 to 1, received {value}")
-    return value
-
-
-def robot_of(arguments: argparse.Namespace, config: ClientConfig) -> str:
-    """The robot that is asked for. Raises ConfigurationError for one that nobody can command."""
-    name = "twin" if arguments.sim else arguments.robot or config.robot
-    if arguments.sim and arguments.robot:
-        raise ConfigurationError("--sim is the twin: leave out --robot")
-    if name == "replay":
-        raise NotBuiltError("the robot 'replay' only repeats recordings: give --robot or --sim")
-    return str(name)
-
-
-def find_bench(arguments: argparse.Namespace) -> Bench:
-    """The bench with its measured limits.
-
-    Raises:
-        ConfigurationError: a physical arm whose bench was never measured, or settings that cannot be right.
-    """
-    config = load_config(arguments.config)
-    name = robot_of(arguments, config)
-    if name == "twin":
-        return Bench("twin", "twin", twin_limits(), config, arguments.realtime)
-    limits = physical.physical_limits(config.limits)
-    return Bench(name, physical.make_robot(name, config)[1], limits, config)
 
 
 def home(arguments: argparse.Namespace) -> int:

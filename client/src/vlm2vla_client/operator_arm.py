@@ -4,25 +4,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm2vla_client import physical
-from vlm2vla_client.clock import Clock, SystemClock
-from vlm2vla_client.config import ClientConfig
-from vlm2vla_client.errors import ConfigurationError, RobotError, SafetyStop
-from vlm2vla_client.executor import ChunkResult, Executor, Monitor, NoMonitor, Outcome
+from vlm2vla_client.clock import Clock
+from vlm2vla_client.errors import RobotError, SafetyStop
+from vlm2vla_client.executor import ChunkResult, Executor, Monitor, Outcome
 from vlm2vla_client.motion import roll_pitch_yaw
-from vlm2vla_client.recorder import FORMAT, Recorder, new_episode_folder
+from vlm2vla_client.recorder import Recorder
 from vlm2vla_client.robots.base import Robot
 from vlm2vla_client.safety import Limits, RobotState, SafetyContext
 
@@ -35,6 +30,10 @@ TURN_TOLERANCE_RAD: Final = 0.03
 #: A pose is searched for from where the arm came to rest, this often.
 ATTEMPTS: Final = 3
 _PROGRESS_M: Final = 0.001
+
+
+class OperatorHeld(KeyboardInterrupt):
+    """The operator's key held the arm; where nobody goes on from there, it ends the command as Ctrl-C does."""
 
 
 @dataclass
@@ -95,13 +94,13 @@ class OperatorArm:
         Raises:
             SafetyStop: the filter refused one; the arm holds.
             RobotError: it did not arrive, or the driver failed; the arm holds.
-            KeyboardInterrupt: the operator held it.
+            OperatorHeld: a key held it.
         """
         context = SafetyContext(self._id, self._id, None, None, source="operator")
         result = self._executor.run_chunk(rows, context)
         self.recorder.event("chunk", outcome=result.outcome, reason=result.reason, rows=len(result.rows))
         if result.outcome is Outcome.FAULT:
-            raise KeyboardInterrupt
+            raise OperatorHeld(result.reason)
         if result.outcome is Outcome.REFUSED:
             raise SafetyStop(f"the safety filter {result.reason}; the arm holds, see docs/safety.md")
         if result.outcome is Outcome.NOT_ARRIVED:
@@ -121,7 +120,7 @@ class OperatorArm:
         """To a position [3], and a rotation [3, 3] when given: first up to its height, then across, then down.
 
         Raises:
-            SafetyStop, RobotError, KeyboardInterrupt: as ``rows``; a SafetyStop too when the filter stops it short.
+            SafetyStop, RobotError, OperatorHeld: as ``rows``; a SafetyStop too when the filter stops it short.
         """
         goal = np.asarray(goal_m, dtype=np.float64)
         tolerance_m = self.robot.capabilities.arrival_tolerance_m
@@ -148,15 +147,15 @@ class OperatorArm:
         """Legs of (translation [3], rotation vector [3]); the next one is planned where the last one ended."""
         inside = self._nearest_inside()
         if inside is not None:  # from outside the box only the way in is open
-            yield inside - self._base(), np.zeros(3)
-        rise = max(float(goal[2] - self._base()[2]), 0.0)
+            yield inside - self.base(), np.zeros(3)
+        rise = max(float(goal[2] - self.base()[2]), 0.0)
         yield np.array([0.0, 0.0, rise]), np.zeros(3)
-        across = (goal - self._base()) * np.array([1.0, 1.0, 0.0])
+        across = (goal - self.base()) * np.array([1.0, 1.0, 0.0])
         turn = np.zeros(3) if rotation is None else rotation_vector(rotation @ self._rotation().T)
         yield across, turn
-        yield goal - self._base(), np.zeros(3)
+        yield goal - self.base(), np.zeros(3)
 
-    def _base(self) -> FloatArray:
+    def base(self) -> FloatArray:
         """What the next row is relative to: the executor's own rule."""
         here = self.position()
         if self.commanded_m is not None and float(np.linalg.norm(here - self.commanded_m)) <= 0.010:
@@ -217,78 +216,6 @@ def matrix_of(vector: FloatArray) -> FloatArray:
     return np.asarray(np.eye(3) + math.sin(angle) * hat + (1.0 - math.cos(angle)) * (hat @ hat), dtype=np.float64)
 
 
-def is_down(rotation: FloatArray, tolerance_rad: float) -> bool:
+def is_down(rotation: Any, tolerance_rad: float) -> bool:
     """Whether the gripper points straight down, whatever its yaw."""
     return float(-np.asarray(rotation)[2, 0]) >= math.cos(tolerance_rad)
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What there is to be moved: the arm by its name in client.toml, or the twin; nothing is connected yet."""
-
-    robot: str
-    arm: str
-    limits: Limits
-    config: ClientConfig
-    realtime: bool = False
-
-    @property
-    def is_physical(self) -> bool:
-        """Whether somebody can be hurt."""
-        return self.robot != "twin"
-
-    @contextlib.contextmanager
-    def open(self, what: str, record: Path, speed: float, monitor: Monitor | None = None) -> Iterator[OperatorArm]:
-        """Connects and records; afterwards the arm holds, whatever happened.
-
-        Raises:
-            ClientError: no driver, another client has the arm, or the recording cannot be written.
-        """
-        robot, clock = self._robot()
-        folder = new_episode_folder(record, what)
-        try:
-            robot.connect()
-            with Recorder(folder) as recorder:
-                recorder.event("episode", format=FORMAT, task=what, episode_id=uuid.uuid4().hex,
-                               started_utc=datetime.now(UTC).isoformat(timespec="seconds"),
-                               config={"robot": self.robot, "arm": self.arm, "speed": speed})  # fmt: skip
-                arm = OperatorArm(robot, clock, self.limits, recorder, speed, monitor or NoMonitor())
-                try:
-                    yield arm
-                except BaseException as error:
-                    with contextlib.suppress(RobotError):
-                        arm.hold(f"{type(error).__name__}: {error}")
-                    recorder.event("end", outcome="failed", message=str(error) or type(error).__name__)
-                    raise
-                recorder.event("end", outcome="executed", exit_code=0, message="")
-        finally:
-            robot.close()
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # goes again when nothing was recorded
-
-    def _robot(self) -> tuple[Robot, Clock]:
-        if self.is_physical:
-            return physical.make_robot(self.robot, self.config)[0], SystemClock()
-        try:
-            from vlm2vla_client.robots.twin import TwinClock, TwinRobot
-            from vlm2vla_client.scenes import choose_scene
-            from vlm2vla_twin.physics import World
-        except ImportError as error:
-            raise ConfigurationError(
-                f"the twin needs its simulator: pip install 'vlm2vla-client[sim]' ({error})"
-            ) from None
-        world = World(choose_scene("", None, 500_000).spec)
-        clock = TwinClock(world, realtime=self.realtime)
-        return TwinRobot(world, clock), clock
-
-
-def twin_limits() -> Limits:
-    """The twin's own counter and wall. Raises ConfigurationError when the simulator is not installed."""
-    try:
-        from vlm2vla_client.sim import sim_limits
-    except ImportError as error:
-        raise ConfigurationError(f"the twin needs its simulator: pip install 'vlm2vla-client[sim]' ({error})") from None
-    return sim_limits({})
-
-
-
