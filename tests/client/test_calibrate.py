@@ -17,7 +17,7 @@ from arm_bench import STARVED, patiently
 from hypothesis import given
 from hypothesis import strategies as st
 from operator_terminal import Seat
-from robot_fakes import FakeArm, ManualClock, limits
+from robot_fakes import ClosingRecorder, FakeArm, ManualClock, limits
 from test_operator_keys import ScriptedKeys
 
 from vlm2vla_client.calibrate import OnlySpaceHolds, Touching, limits_before
@@ -27,7 +27,6 @@ from vlm2vla_client.config import ClientConfig, load_config
 from vlm2vla_client.configure import save_measured
 from vlm2vla_client.errors import ConfigurationError, NotCompletedError, RobotError
 from vlm2vla_client.operator_arm import OperatorArm
-from vlm2vla_client.recorder import Recorder
 from vlm2vla_client.robots.replay import HOME_RAD
 from vlm2vla_client.safety import RobotState
 
@@ -104,7 +103,7 @@ class Bench:
         self.said: list[str] = []
         stop = OnlySpaceHolds(self.keys)
         inside = limits_before(ClientConfig(), lowest_m)
-        arm = OperatorArm(self.robot, self.clock, inside, Recorder(folder / "r"), 0.05, stop)
+        arm = OperatorArm(self.robot, self.clock, inside, ClosingRecorder(folder / "r"), 0.05, stop)
         self.touching = Touching(arm, self.keys, stop, self.said.append)
 
     def at(self) -> np.ndarray:

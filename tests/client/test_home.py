@@ -13,7 +13,7 @@ import pytest
 from arm_bench import STARVED, patiently, start_with_yaw
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from robot_fakes import FakeArm, ManualClock, ScriptedMonitor, joints_at, limits
+from robot_fakes import ClosingRecorder, FakeArm, ManualClock, ScriptedMonitor, limits
 from test_physical_run import Desk
 
 from vlm2vla_client.cli import main
@@ -21,7 +21,7 @@ from vlm2vla_client.config import load_config
 from vlm2vla_client.errors import ConfigurationError, RobotError, SafetyStop
 from vlm2vla_client.executor import NoMonitor
 from vlm2vla_client.operator_arm import OperatorArm, is_down, matrix_of, rotation_vector
-from vlm2vla_client.recorder import Recorder, read_episode
+from vlm2vla_client.recorder import read_episode
 from vlm2vla_twin.kinematics import DOWN, forward
 
 SLEEP_RAD = [0.0, -1.80, 1.55, 0.0, 0.8, 0.0]
@@ -29,7 +29,7 @@ HOME_M = np.array([0.30, 0.0, 0.15])
 
 
 def arm_on(folder: Path, at: FakeArm, clock: ManualClock, monitor: Any = None, **changes: object) -> OperatorArm:
-    return OperatorArm(at, clock, limits(**changes), Recorder(folder / "r"), 0.2, monitor or NoMonitor())
+    return OperatorArm(at, clock, limits(**changes), ClosingRecorder(folder / "r"), 0.2, monitor or NoMonitor())
 
 
 @pytest.mark.parametrize("at", [(0.20, 0.15, 0.05), (0.36, -0.15, 0.20), (0.30, 0.0, 0.15), (0.25, 0.0, 0.004)])
@@ -183,7 +183,7 @@ def test_an_arm_never_commissioned_is_asked_and_slow(
         assert "never commissioned: --confirm --speed 0.1 apply" in capsys.readouterr().err
         assert bool(desk.bench.logged("group")) is (code == 0)
     steps = [event for event in desk.events() if event["event"] == "substep"]
-    turned = np.linalg.norm(rotation_vector(forward(joints_at([0.30, 0.0, 0.15])).rotation.T @ forward(desk.joints()).rotation))
+    turned = np.linalg.norm(rotation_vector(DOWN.T @ forward(desk.joints()).rotation))
     assert turned < 0.05 and sum(step["duration_s"] for step in steps) >= 0.03 / (0.25 * 0.1)
 
 

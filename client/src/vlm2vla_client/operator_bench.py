@@ -126,6 +126,6 @@ def find_bench(arguments: argparse.Namespace) -> Bench:
     config = load_config(arguments.config)
     name = robot_of(arguments, config)
     if name == "twin":
-        return Bench("twin", "twin", twin_limits(), config, arguments.realtime)
+        return Bench("twin", "twin", twin_limits(), config, getattr(arguments, "realtime", True))
     limits = physical.physical_limits(config.limits)
     return Bench(name, physical.make_robot(name, config)[1], limits, config)
