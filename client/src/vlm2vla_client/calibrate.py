@@ -141,8 +141,8 @@ class Touching:
         self._say(f"calibrate: {self._arm.robot.capabilities.name}. The arm moves by your keys, a little at a time.")
         lowest_m = self._arm.limits.counter_z_m
         self._say(f"  Nothing but you stops it above {lowest_m:+.3f} m: clear the counter, a hand at the power switch,")
-        self._say("  and support the arm before you cut its power. Touch with a strip of paper under the fingers: lower")
-        self._say("  until it can just not be pulled out.")
+        self._say("  and support the arm before you cut its power. Touch with a strip of paper under the fingers:")
+        self._say("  lower until it can just not be pulled out.")
         self._say(HELP)
         counter = self._counter()
         measured = {"counter_z_m": round(counter.counter_z_m, 4)}

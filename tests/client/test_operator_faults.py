@@ -1,0 +1,95 @@
+"""The fault matrix's rows about the operator and the client itself, down to what the motors were told and when."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from arm_bench import STARVED, start_with_yaw, wait_until
+from operator_terminal import Seat
+from test_physical_run import Desk
+
+from vlm2vla_client.recorder import read_episode
+from vlm2vla_twin.kinematics import forward
+
+SLACK_S = 0.2
+FAR_RAD = start_with_yaw(0.0, (0.30, 0.18, 0.15))
+
+
+@contextmanager
+def going_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Desk, Seat]]:
+    """A commissioned arm on its long, slow way home, already moving, in front of a terminal."""
+    desk = Desk(folder, monkeypatch)
+    desk.commission()
+    desk.bench.set(start_rad=FAR_RAD)
+    arguments = ["home", "--speed", "0.1", "--record", str(folder / "runs")]
+    with Seat(arguments, {"XDG_CONFIG_HOME": str(folder)}) as seat:
+        wait_until(lambda: len(desk.bench.logged("group")) > 5 or seat.process.poll() is not None, 60.0)
+        if seat.process.poll() is not None and any(words in seat.screen for words in STARVED):
+            pytest.fail(f"this machine is too busy to drive the double: {seat.screen[-300:]}")
+        yield desk, seat
+
+
+def told_after(desk: Desk, moment_s: float) -> list[float]:
+    return [line["t_s"] - moment_s for line in desk.bench.logged("group") if line["t_s"] > moment_s]
+
+
+def assert_standing(desk: Desk) -> None:
+    """The last goal is where the arm is: it was told nothing more, and nothing pulls it on."""
+    count = len(desk.bench.logged("group"))
+    time.sleep(0.4)
+    assert len(desk.bench.logged("group")) == count
+    last, before = (np.array(line["positions"]) for line in desk.bench.logged("group")[: -3 : -1])
+    assert float(np.linalg.norm(forward(last).position_m - forward(before).position_m)) < 0.006
+    assert not desk.bench.logged("torque") and not desk.bench.logged("gripper")
+
+
+def test_a_key_reaches_the_motors_within_a_substep_and_ends_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with going_home(tmp_path, monkeypatch) as (desk, seat):
+        pressed_s = seat.press(" ")
+        assert seat.wait(30.0) == 130 and seat.mode == seat.before
+        # At most the substep under way (0.1 s) and the hold (0.05 s); one more command may have been on its way.
+        assert told_after(desk, pressed_s)[-1] < 0.1 + 0.05 + SLACK_S
+        assert_standing(desk)
+        (folder,) = (tmp_path / "runs").iterdir()
+        hold = read_episode(folder).of("hold")[0]
+        assert "operator" in hold["reason"] and hold["t_s"] - pressed_s < 0.15 + SLACK_S
+
+
+def test_a_client_killed_with_9_leaves_an_arm_that_holds_and_a_readable_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with going_home(tmp_path, monkeypatch) as (desk, seat):
+        os.kill(seat.process.pid, signal.SIGKILL)
+        killed_s = time.monotonic()
+        seat.process.wait(10.0)
+        wait_until(lambda: bool(told_after(desk, killed_s)), 5.0)
+        time.sleep(0.5)
+        assert told_after(desk, killed_s)[-1] < 0.3 + 0.05 + SLACK_S
+        assert_standing(desk)
+    (folder,) = (tmp_path / "runs").iterdir()
+    episode = read_episode(folder)
+    assert episode.summary is None and episode.of("substep")
+
+
+def test_a_second_client_is_refused_and_the_first_one_not_disturbed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with going_home(tmp_path, monkeypatch) as (desk, first):
+        arguments = ["home", "--record", str(tmp_path / "second")]
+        with Seat(arguments, {"XDG_CONFIG_HOME": str(tmp_path)}) as second:
+            assert second.wait() == 7
+            assert "another client has this arm" in second.screen and str(first.process.pid) in second.screen
+        assert not list((tmp_path / "second").iterdir()), "nothing was recorded"
+        assert first.wait() == 0, first.screen
+        assert forward(desk.bench.logged("group")[-1]["positions"]).position_m == pytest.approx(
+            [0.30, 0.0, 0.15], abs=0.006
+        )
