@@ -148,7 +148,12 @@ class Weak(PhysicalFake):
 
 
 @pytest.mark.parametrize(
-    ("robot", "step"), [(Mirrored, ""), (Sluggish, "stop: stood"), (Weak, "gripper: the fingers are 0.40 open")]
+    ("robot", "step"),
+    [
+        (Mirrored, "did not arrive|axis_signs: measured"),
+        (Sluggish, "stop: stood"),
+        (Weak, "gripper: the fingers are 0.40 open"),
+    ],
 )
 def test_what_is_measured_wrong_fails_whatever_the_person_says(
     tmp_path: Path, robot: type[PhysicalFake], step: str
