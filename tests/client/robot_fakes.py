@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm2vla_client.errors import RobotError
+from vlm2vla_client.recorder import Recorder
 from vlm2vla_client.robots.replay import ReplayRobot
 from vlm2vla_client.safety import Limits, RobotState, SafetyContext
 from vlm2vla_twin import kinematics
@@ -56,6 +57,13 @@ class ManualClock:
     def sleep_s(self, duration_s: float) -> None:
         self.longest_sleep_s = max(self.longest_sleep_s, duration_s)
         self.time_s += max(duration_s, 0.0)
+
+
+class ClosingRecorder(Recorder):
+    """Closes its file when the test that made it has gone."""
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class ScriptedMonitor:

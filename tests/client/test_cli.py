@@ -1,4 +1,4 @@
-"""The command line without a simulator or a server: usage, what is not built yet, vqa, exit codes."""
+"""The command line without a simulator or a server: usage, vqa, exit codes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from PIL import Image
 from rich.console import Console
 
 from vlm2vla_client import commands
-from vlm2vla_client.cli import NOT_BUILT, main
+from vlm2vla_client.cli import main
 from vlm2vla_client.config import ClientConfig, check_server_url, load_config, make_limits, split_verifiers
 from vlm2vla_client.confirm import Edit, Proposal, confirm_on_terminal
 from vlm2vla_client.errors import ConfigurationError
@@ -31,12 +31,6 @@ def _no_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.delenv("VLM2VLA_API_KEY", raising=False)
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.mark.parametrize("name", NOT_BUILT)
-def test_commands_that_are_not_built_yet_exit_2_and_say_so(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([name, "anything", "--at", "all"]) == 2
-    assert "not built yet" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -102,7 +96,7 @@ def test_help_names_the_exit_codes_and_every_command(capsys: pytest.CaptureFixtu
         main(["--help"])
     text = capsys.readouterr().out
     assert caught.value.code == 0 and "130 interrupted" in text
-    for name in ("run", "eval", "replay", "view", "vqa", *NOT_BUILT):
+    for name in ("run", "eval", "replay", "view", "vqa", "home", "calibrate", "configure", "doctor"):
         assert name in text
 
 

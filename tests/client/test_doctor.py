@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 from client_fakes import info_body
 from gemini_server import error, gemini_server
+from robot_fakes import limits
 
 from vlm2vla_client import doctor_machine
 from vlm2vla_client.cli import main
+from vlm2vla_client.commissioning import write_record
 from vlm2vla_client.doctor_machine import camera_findings, disk_findings, realsense_devices, robot_findings
 from vlm2vla_client.verifiers.gemini_settings import record_consent
 
@@ -140,9 +142,14 @@ def test_gemini_is_asked_about_the_model_and_sent_no_picture(
     assert KEY not in str(found)
 
 
-def test_commissioning_is_not_built_yet(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", "--commission"]) == 2
-    assert "not built yet" in capsys.readouterr().err
+def test_an_arm_that_nobody_confirmed_is_found(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["configure", "--no-input", "--counter-z-m", "0.012", "--wall-x-m", "0.52"]) == 0
+    capsys.readouterr()
+    _, found = findings(capsys, "--server", "http://127.0.0.1:1")
+    assert not found["commissioned"]["good"] and "doctor --commission" in found["commissioned"]["remedy"]
+    write_record("widowx", "wx250s", limits(counter_z_m=0.012, wall_x_m=0.52), {})
+    _, found = findings(capsys, "--server", "http://127.0.0.1:1")
+    assert found["commissioned"]["good"]
 
 
 def test_cameras_are_found_by_what_the_kernel_says(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from vlm2vla_client.confirm import Edit, Proposal
 from vlm2vla_client.executor import Outcome
 from vlm2vla_client.loop import EpisodeResult, LoopConfig, Parts, run_episode
 from vlm2vla_client.moves import Moves
+from vlm2vla_client.operator_keys import NoOperator, Operator
 from vlm2vla_client.policies.base import Answered, Asked, CycleEvent, PolicyInfo, RowArrived
 from vlm2vla_client.progress import SilentProgress
 from vlm2vla_client.recorder import RecordedEpisode, Recorder, read_episode
@@ -52,6 +53,7 @@ class Bench:
     config: dict[str, Any] = field(default_factory=dict)
     confirm: Any = None
     judge: Any = None
+    operator: Operator = field(default_factory=NoOperator)
 
     def run(self) -> EpisodeResult:
         self.clock = FakeClock()
@@ -72,6 +74,7 @@ class Bench:
             progress=progress,
             confirm=self.confirm,
             judge=self.judge,
+            operator=self.operator,
         )
         try:
             return run_episode(parts, LoopConfig(task="pick up the carrot", episode_id=EPISODE, **self.config))

@@ -32,7 +32,7 @@ from robot_fakes import limits
 from vlm2vla_client import commands
 from vlm2vla_client.cli import main
 from vlm2vla_client.clock import SystemClock
-from vlm2vla_client.commissioning import STEPS, is_commissioned, restrain
+from vlm2vla_client.commissioning import STEPS, is_commissioned, restrain, write_record
 from vlm2vla_client.config import ClientConfig, load_config
 from vlm2vla_client.errors import ConfigurationError, RobotError
 from vlm2vla_client.physical import PhysicalRun, make_robot, physical_limits, run_on_arm
@@ -90,8 +90,7 @@ class Desk:
 
     def commission(self) -> None:
         """As ``doctor --commission`` leaves it."""
-        record = {"robot": "widowx", "arm": f"test-{self.folder.name}", "passed": list(STEPS)}
-        (self.folder / "vlm2vla" / "commissioned.json").write_text(json.dumps(record))
+        write_record("widowx", f"test-{self.folder.name}", limits(), {})
 
     def run(self, server: FakeServer, *arguments: str) -> int:
         """The command line."""
@@ -187,14 +186,18 @@ def test_robots_are_made_from_their_tables(tmp_path: Path) -> None:
         load_config(file)
 
 
-def test_only_a_whole_record_of_this_arm_counts(tmp_path: Path) -> None:
-    file = tmp_path / "commissioned.json"
-    assert not is_commissioned("widowx", "left", file)
-    for text in ("[]", "{", '{"robot": "widowx", "arm": "left", "passed": ["stop"]}'):
+def test_only_a_whole_record_of_this_arm_on_this_bench_counts(tmp_path: Path) -> None:
+    file, here = tmp_path / "commissioned.json", limits()
+    assert not is_commissioned("widowx", "left", here, file)
+    unfinished = {"robot": "widowx", "arm": "left", "counter_z_m": 0.0, "wall_x_m": 0.56, "passed": ["stop"]}
+    nowhere = {"robot": "widowx", "arm": "left", "passed": list(STEPS)}
+    for text in ("[]", "{", json.dumps(unfinished), json.dumps(nowhere), json.dumps({**nowhere, "counter_z_m": True})):
         file.write_text(text)
-        assert not is_commissioned("widowx", "left", file)
-    file.write_text(json.dumps({"robot": "widowx", "arm": "left", "passed": list(STEPS)}))
-    assert is_commissioned("widowx", "left", file) and not is_commissioned("widowx", "right", file)
+        assert not is_commissioned("widowx", "left", here, file)
+    assert write_record("widowx", "left", here, {"stop": {"overshoot_m": 0.001}}, file) == file
+    assert is_commissioned("widowx", "left", here, file) and not is_commissioned("widowx", "right", here, file)
+    assert not is_commissioned("widowx", "left", limits(counter_z_m=0.004), file), "calibrated anew since"
+    assert not is_commissioned("widowx", "left", limits(wall_x_m=0.50), file)
     assert restrain(False, 0.5, True) == (False, 0.5)
     assert restrain(False, 0.5, False) == (True, 0.1) and restrain(True, 0.05, False) == (True, 0.05)
 

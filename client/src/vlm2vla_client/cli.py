@@ -15,18 +15,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from vlm2vla_client import commands, configure, doctor
+from vlm2vla_client import calibrate, commands, configure, doctor, home
 from vlm2vla_client.bench import options as bench_options
 from vlm2vla_client.config import CAMERAS, POLICIES, ROBOTS, VERIFIERS
 from vlm2vla_client.errors import ClientError
+from vlm2vla_client.operator_bench import speed
 from vlm2vla_client.progress import printable
 
 INTERRUPTED = 130
 DEVELOPMENT_SEED = 500_000  # below lie the seeds of training, from 1,000,000 on those of tests
-NOT_BUILT = {
-    "calibrate": "find counter and wall",
-    "home": "move the arm to its start pose",
-}
 
 
 def _add_server(parser: argparse.ArgumentParser) -> None:
@@ -63,10 +60,11 @@ def _add_run(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     run.add_argument("--record", type=Path, default=Path("runs"), metavar="DIR", help="default ./runs")
     run.add_argument("--max-cycles", type=_natural, default=30, metavar="N", help="in all; 0: until done (default 30)")
     run.add_argument("--execute", choices=("whole", "streamed"), default="whole")
-    run.add_argument("--speed", type=_speed, default=1.0, metavar="F", help="share of the speed limit, above 0 to 1")
+    run.add_argument("--speed", type=speed, default=1.0, metavar="F", help="share of the speed limit, 0..1")
     run.add_argument("--realtime", action="store_true", help="twin: let simulated seconds take as long as they say")
     run.add_argument("--dry-run", action="store_true", help="ask and check, but do not move")
     run.add_argument("--confirm", action="store_true", help="ask before every chunk")
+    run.add_argument("--hold-to-run", action="store_true", help="the arm moves only while SPACE is held down")
     run.add_argument("--allow-untrained", action="store_true", help="with --confirm: a policy never trained to act")
     run.add_argument("--json", action="store_true", help="one JSON object on standard output, nothing else")
     _add_server(run)
@@ -118,15 +116,20 @@ def _add_others(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
     evaluate = subparsers.add_parser("eval", help="measure a policy on a suite of the twin", add_help=False)
     evaluate.set_defaults(command=commands.evaluate)
 
-    for name, what in NOT_BUILT.items():
-        parser = subparsers.add_parser(name, help=f"{what} (not built yet)", add_help=True)
-        parser.set_defaults(command=commands.not_built, name=name)
 
 
 def _add_setting_up(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     settings = subparsers.add_parser("configure", help="write client.toml and limits.toml, by flags or by questions")
     configure.add_arguments(settings)
     settings.set_defaults(command=configure.configure)
+
+    start = subparsers.add_parser("home", help="move the arm to its start pose, slowly, through the same filter")
+    home.add_arguments(start)
+    start.set_defaults(command=home.home)
+
+    touch = subparsers.add_parser("calibrate", help="touch the counter at three points and write limits.toml")
+    calibrate.add_arguments(touch)
+    touch.set_defaults(command=calibrate.calibrate)
 
     check = subparsers.add_parser("doctor", help="check server, camera, arm, verifier and limits; name every remedy")
     doctor.add_arguments(check)
@@ -154,13 +157,6 @@ def _rate(text: str) -> float:
     return value
 
 
-def _speed(text: str) -> float:
-    value = float(text)
-    if not 0.0 < value <= 1.0:
-        raise argparse.ArgumentTypeError(f"expected above 0 to 1, received {value}")
-    return value
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(
@@ -183,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; prints errors in one line, without a traceback."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    if arguments.command in (commands.evaluate, commands.not_built):
+    if arguments.command is commands.evaluate:
         arguments.rest = rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

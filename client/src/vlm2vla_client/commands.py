@@ -23,6 +23,7 @@ from vlm2vla_client.confirm import confirm_on_terminal
 from vlm2vla_client.episode import EpisodeResult
 from vlm2vla_client.errors import ConfigurationError, NotBuiltError, ProtocolMismatchError
 from vlm2vla_client.http import ServerConnection
+from vlm2vla_client.operator_keys import operator_of_run
 from vlm2vla_client.pictures import read_picture
 from vlm2vla_client.policies.base import PolicyInfo
 from vlm2vla_client.policies.random import RandomPolicy
@@ -125,9 +126,10 @@ def _run_on_arm(
         raise ConfigurationError(f"the robot {robot!r} needs a camera on its bench, not the twin's: see --camera")
     if eye.plays_recording and not arguments.dry_run:
         raise ConfigurationError(f"{eye.file} shows the past: no arm moves by it; add --dry-run, or --robot twin")
+    operator = operator_of_run(arguments.hold_to_run)
     arm, arm_name = physical.make_robot(robot, config)
     limits = physical.physical_limits(config.limits)
-    confirm, speed = restrain(arguments.confirm, arguments.speed, is_commissioned(robot, arm_name))
+    confirm, speed = restrain(arguments.confirm, arguments.speed, is_commissioned(robot, arm_name, limits))
     if (confirm, speed) != (arguments.confirm, arguments.speed):
         print(f"{robot} {arm_name} was never commissioned: --confirm --speed {speed:g} apply", file=sys.stderr)
     if confirm and arguments.execute == "streamed":
@@ -148,6 +150,7 @@ def _run_on_arm(
             max_cycles=arguments.max_cycles,
             dry_run=arguments.dry_run,
             confirm=confirm_on_terminal if confirm else None,
+            operator=operator,
             verify_deadline_s=MEMBER_DEADLINE_S * len(verifiers),
         )
         seen = open_camera(eye, SystemClock())
@@ -168,6 +171,7 @@ def _run_in_twin(
         from vlm2vla_client.sim import SimRequest, run_in_twin
     except ImportError as error:
         raise ConfigurationError(f"{SIM_EXTRA} ({error})") from None
+    operator = operator_of_run(arguments.hold_to_run)
     choice = choose_scene(arguments.task, arguments.scene, arguments.seed, arguments.scenario)
     outside = open_outside(verifiers, config.gemini, config.folder, consent=arguments.gemini_consent)
     connection = connect(arguments, config)
@@ -185,6 +189,7 @@ def _run_in_twin(
         realtime=arguments.realtime,
         limits=config.limits if arguments.config is not None else {},
         confirm=confirm_on_terminal if arguments.confirm else None,
+        operator=operator,
         outside=outside,
         camera=None if eye is None else open_camera(eye, SystemClock()),
         camera_name="twin" if eye is None else eye.name,
@@ -335,8 +340,3 @@ def bench(arguments: argparse.Namespace) -> int:
     from vlm2vla_client.bench.cli import main
 
     return main(arguments, print_json)
-
-
-def not_built(arguments: argparse.Namespace) -> int:
-    """The commands of a later version."""
-    raise NotBuiltError(f"`vlm2vla-client {arguments.name}` is not built yet")

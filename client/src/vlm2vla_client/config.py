@@ -19,6 +19,7 @@ lists.
 
 from __future__ import annotations
 
+import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -42,6 +43,21 @@ PHYSICAL_ROBOTS = ARM_TABLES = ("widowx", "bridge")
 LIMITS_FILE = "limits.toml"
 
 
+class HomePose(BaseModel):
+    """``[home]``: where the end effector waits for an episode, gripper straight down (Bridge's start pose)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    position_m: tuple[float, float, float] = (0.30, 0.0, 0.15)
+
+    @field_validator("position_m")
+    @classmethod
+    def _finite(cls, value: tuple[float, float, float]) -> tuple[float, float, float]:
+        if not all(math.isfinite(part) and abs(part) < 1.0 for part in value):
+            raise ValueError("expected three finite metres within the arm's reach")
+        return value
+
+
 class ClientFile(BaseModel):
     """What client.toml may hold; flags override it.
 
@@ -49,6 +65,7 @@ class ClientFile(BaseModel):
         model: adapter to ask, or ``base``; None for the server's default.
         verifier: one name, or a chain of them joined by commas.
         limits: overrides of the safety limits, by the names of ``Limits``; ``limits.toml`` beside it adds to them.
+        home: where ``vlm2vla-client home`` goes, metres in the base frame.
         widowx, bridge: how that arm's driver is reached; checked by the robot that is used.
     """
 
@@ -62,6 +79,7 @@ class ClientFile(BaseModel):
     verifier: str = "gemini"
     limits: dict[str, Any] = Field(default_factory=dict)
     gemini: GeminiSettings = Field(default_factory=GeminiSettings)
+    home: HomePose = Field(default_factory=HomePose)
     widowx: dict[str, Any] = Field(default_factory=dict)
     bridge: dict[str, Any] = Field(default_factory=dict)
 
@@ -169,7 +187,11 @@ def _problem(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_input=False)[0]
     place = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
-        tables: dict[tuple[str, ...], type[BaseModel]] = {("gemini",): GeminiSettings, ("gemini", "prices"): Price}
+        tables: dict[tuple[str, ...], type[BaseModel]] = {
+            ("gemini",): GeminiSettings,
+            ("gemini", "prices"): Price,
+            ("home",): HomePose,
+        }
         owner = tables.get(tuple(place[:-1][:2]), ClientFile)
         inside = f" in [{'.'.join(place[:-1])}]" if place[:-1] else ""
         return f"unknown key {place[-1]!r}{inside}; known are {', '.join(sorted(owner.model_fields))}"

@@ -36,6 +36,8 @@ from vlm2vla_client.verifiers.gemini_settings import GeminiSettings, notice, rec
 
 MAX_COUNTER_M = 0.3
 WALL_M = (0.2, 1.0)
+CLIENT_COMMENT = "Settings of this robot PC; see docs/operate.md. Keys belong into the environment."
+LIMITS_COMMENT = "Limits of this bench: metres, seconds, radians; see docs/safety.md."
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,8 @@ def configure(arguments: argparse.Namespace) -> int:
     _set_gemini(client, arguments)
     check_file(client, path)
     check_limits(limits, LIMITS_FILE)
-    _write(path, client, "Settings of this robot PC; see docs/operate.md. Keys belong into the environment.")
-    _write(path.with_name(LIMITS_FILE), limits, "Limits of this bench: metres, seconds, radians; see docs/safety.md.")
+    _write(path, client, CLIENT_COMMENT)
+    _write(path.with_name(LIMITS_FILE), limits, LIMITS_COMMENT)
     load_config(path)
     print(f"wrote {path} and {path.with_name(LIMITS_FILE)}")
     _report(path, client, limits, arguments, asking)
@@ -194,6 +196,26 @@ def _report(
         if name not in limits and name not in client.get("limits", {}):
             print(f"note: {name} is not measured: a physical arm does not move without it")
     print("next: vlm2vla-client doctor")
+
+
+def save_measured(path: Path, measured: Mapping[str, float]) -> Path:
+    """Puts measurements into limits.toml beside client.toml (``path``) and out of its [limits]; gives the file.
+
+    Every other key stays; the old file stays beside the new one as ``*.old``.
+
+    Raises:
+        ConfigurationError: the limits cannot be right with them, or cannot be written.
+    """
+    client = read_toml(path) if path.is_file() else {}
+    file = path.with_name(LIMITS_FILE)
+    limits = {**(read_toml(file) if file.is_file() else {}), **measured}
+    check_limits(limits, LIMITS_FILE)
+    if any(key in client.get("limits", {}) for key in measured):
+        client["limits"] = {key: kept for key, kept in client["limits"].items() if key not in measured}
+        _write(path, client, CLIENT_COMMENT)
+    _write(file, limits, LIMITS_COMMENT)
+    load_config(path if path.is_file() else None)
+    return file
 
 
 def toml_text(table: Mapping[str, Any], prefix: str = "") -> str:

@@ -1,4 +1,7 @@
-"""``vlm2vla-client doctor``: looks at everything a run needs, moves nothing, and names what mends each missing part."""
+"""``vlm2vla-client doctor``: looks at everything a run needs, and names what mends each missing part.
+
+It moves nothing, but with ``--commission``, which is `commission.py`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlm2vla_client.commands import print_json
+from vlm2vla_client.commission import commission
+from vlm2vla_client.commissioning import UNCOMMISSIONED_SPEED, is_commissioned
 from vlm2vla_client.config import (
     CAMERAS,
     LIMITS_FILE,
@@ -20,8 +25,9 @@ from vlm2vla_client.config import (
     split_verifiers,
 )
 from vlm2vla_client.doctor_machine import Finding, camera_findings, disk_findings, robot_findings
-from vlm2vla_client.errors import ClientError, ConfigurationError, NotBuiltError
+from vlm2vla_client.errors import ClientError, ConfigurationError
 from vlm2vla_client.http import ServerConnection
+from vlm2vla_client.physical import make_robot, physical_limits
 from vlm2vla_client.policies.server import ServerPolicy
 from vlm2vla_client.progress import printable
 from vlm2vla_client.recorder import plain
@@ -55,14 +61,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--camera", choices=CAMERAS)
     parser.add_argument("--verifier", metavar="NAMES")
     parser.add_argument("--record", type=Path, default=Path("runs"), metavar="DIR", help="default ./runs")
-    parser.add_argument("--commission", action="store_true", help="walk through a new bench (not built yet)")
+    parser.add_argument("--commission", action="store_true", help="the arm moves, a person confirms each step")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    """Prints every finding; 0 when nothing is missing, else 2."""
+    """Prints every finding; 0 when nothing is missing, else 2. With ``--commission``: see there."""
     if arguments.commission:
-        raise NotBuiltError("`doctor --commission` is not built yet; without it, doctor checks and moves nothing")
+        return commission(arguments)
     findings = examine(arguments)
     missing = [finding for finding in findings if not finding.good]
     if arguments.json:
@@ -91,6 +97,7 @@ def examine(arguments: argparse.Namespace) -> list[Finding]:
     wanted = _wanted(arguments, config)
     if wanted.robot != "twin":
         findings.append(_about_limits(config))
+        findings += _about_commissioning(wanted)
     findings += _about_server(wanted, arguments.api_key or config.api_key)
     checks: list[Callable[[], list[Finding]]] = [
         lambda: camera_findings(wanted.camera),
@@ -128,10 +135,22 @@ def _about_limits(config: ClientConfig) -> Finding:
     where = config.folder / LIMITS_FILE
     if missing:
         flags = " ".join(f"--{name.replace('_', '-')} METRES" for name in missing)
-        remedy = f"measure on the bench, then: vlm2vla-client configure {flags}"
+        remedy = f"vlm2vla-client calibrate; or measure on the bench, then: vlm2vla-client configure {flags}"
         return Finding("limits", False, f"{', '.join(missing)} not in {where}", remedy)
     values = ", ".join(f"{name} {config.limits[name]}" for name in ("counter_z_m", "wall_x_m"))
     return Finding("limits", True, values)
+
+
+def _about_commissioning(wanted: Wanted) -> list[Finding]:
+    """Whether a person has confirmed this arm; nothing before its limits are known, which come first."""
+    try:
+        limits = physical_limits(wanted.config.limits)
+        arm = make_robot(wanted.robot, wanted.config)[1]
+    except ConfigurationError:
+        return []
+    done = is_commissioned(wanted.robot, arm, limits)
+    until = f"no: until then a run has --confirm --speed {UNCOMMISSIONED_SPEED:g}"
+    return [Finding("commissioned", done, arm if done else until, "vlm2vla-client doctor --commission")]
 
 
 def _about_server(wanted: Wanted, key: str | None) -> list[Finding]:

@@ -11,6 +11,7 @@ from vlm2vla_client.clock import Clock
 from vlm2vla_client.confirm import Confirm
 from vlm2vla_client.executor import ChunkResult, MotionStart
 from vlm2vla_client.moves import Moves
+from vlm2vla_client.operator_keys import NoOperator, Operator
 from vlm2vla_client.policies.base import Policy, Scenario
 from vlm2vla_client.progress import Progress
 from vlm2vla_client.recorder import Recorder
@@ -70,6 +71,7 @@ class Parts:
     Attributes:
         executor: its events must go to ``moves``.
         confirm: asked before every chunk; None never asks.
+        operator: whose keys hold the arm; the executor's monitor must ask it too.
         judge: what physics says at the end (the twin's tasks), for the summary.
     """
 
@@ -84,6 +86,7 @@ class Parts:
     recorder: Recorder
     progress: Progress
     confirm: Confirm | None = None
+    operator: Operator = field(default_factory=NoOperator)
     judge: Callable[[str], dict[str, Any] | None] | None = None
 
 

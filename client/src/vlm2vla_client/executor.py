@@ -15,7 +15,7 @@ import numpy as np
 
 from vlm2vla_client.clock import Clock
 from vlm2vla_client.errors import ConfigurationError, RobotError
-from vlm2vla_client.executor_types import ChunkResult, Monitor, MotionStart, NoMonitor, Outcome, RowResult
+from vlm2vla_client.executor_types import ChunkResult, Monitor, Monitors, MotionStart, NoMonitor, Outcome, RowResult
 from vlm2vla_client.motion import Leg, apply_decision, as_if_at, decision_data, plan_leg, row_between, substep_data
 from vlm2vla_client.robots.base import Robot
 from vlm2vla_client.safety import Limits, Reason, RobotState, SafetyContext, filter_row
@@ -51,6 +51,8 @@ class Executor:
         monitor: polled before every substep and while waiting; a fault ends in hold.
         speed: share (0..1] of the speed limits.
         on_event: called with (kind, JSON-serialisable data) for the recorder; runs in the executor's thread.
+        gripper: what the gripper is known to be told already (1 open, 0 closed), so that rows of the same value leave
+            its grip alone; None: the first row commands it.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Executor:
         *,
         speed: float = 1.0,
         on_event: EventSink | None = None,
+        gripper: float | None = None,
     ) -> None:
         if not 0.0 < speed <= 1.0:
             raise ConfigurationError(f"speed must be above 0 and at most 1, got {speed}")
@@ -76,7 +79,7 @@ class Executor:
         self._on_event = on_event
         self._busy = threading.Lock()
         self._commanded: Pose | None = None
-        self._gripper: float | None = None
+        self._gripper = gripper
 
     def run_chunk(
         self,
@@ -325,6 +328,7 @@ __all__ = [
     "EventSink",
     "Executor",
     "Monitor",
+    "Monitors",
     "MotionStart",
     "NoMonitor",
     "Outcome",

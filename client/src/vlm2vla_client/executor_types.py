@@ -30,6 +30,17 @@ class NoMonitor:
         return None
 
 
+class Monitors:
+    """Several monitors as one; the first that reports a fault is heard."""
+
+    def __init__(self, *monitors: Monitor) -> None:
+        self._monitors = monitors
+
+    def fault(self) -> str | None:
+        """The first fault, or None."""
+        return next((fault for monitor in self._monitors if (fault := monitor.fault()) is not None), None)
+
+
 class Outcome(StrEnum):
     """How a chunk ended. Only COMPLETED and ENDED_EARLY leave the arm where a row put it; the others hold it."""
 

@@ -66,6 +66,7 @@ class _Episode:
         self.subtasks: list[str] = []
         self.done = 0
         self.cycles = 0
+        self.held = 0
         self.refused_in_a_row = 0
         self.plans: list[str] = []
         self.edit: Edit | None = None
@@ -111,12 +112,15 @@ class _Episode:
             self.cycles += 1
             if self._one_cycle(index) or self.config.dry_run:
                 return
+            if self.parts.operator.held:
+                self._wait_for_operator()
+                tries -= 1  # a person's pause is no failure of the policy's
 
     def _check_budget(self, index: int, tries: int) -> None:
         config = self.config
         if config.max_cycles == 0:
             return
-        if self.cycles >= config.max_cycles:
+        if self.cycles - self.held >= config.max_cycles:
             raise NotCompletedError(f"not completed after {self.cycles} cycles (--max-cycles)")
         names_subtasks = "subtasks" in self.parts.policy.info().stages and self.subtasks != [config.task]
         if names_subtasks and 0 < config.max_cycles_per_subtask <= tries:
@@ -190,12 +194,15 @@ class _Episode:
             return False
         finally:
             arrivals.give_up()
-        if result is None or result.outcome is Outcome.NOT_STARTED:
+        if result is None or result.outcome in (Outcome.NOT_STARTED, Outcome.FAULT):
             return False
         return self._verify(index, before, number, result, began_s)
 
     def _act(self, index: int, answer: Answer, captured_m: NDArray[np.float64]) -> ChunkResult | None:
-        """Executes the rows; None when nothing was to be executed (dry run, operator declined or edited)."""
+        """Executes the rows; None when nothing was to be executed (dry run, operator declined or edited).
+
+        An outcome FAULT is the operator's hold; every other fault is raised.
+        """
         parts, config = self.parts, self.config
 
         def start() -> MotionStart:
@@ -240,7 +247,7 @@ class _Episode:
         self, rows: Iterable[Sequence[float]], answer: Answer, start: Callable[[], MotionStart]
     ) -> ChunkResult:
         parts = self.parts
-        with parts.watch.moving():
+        with parts.operator.moving(), parts.watch.moving():
             result = parts.executor.run_chunk(rows, answer.context(), start)
         state = parts.robot.state()
         self._record(
@@ -252,12 +259,19 @@ class _Episode:
             state=state_of(state),
             position_m=state.ee_position_m,
         )
-        if result.outcome is Outcome.FAULT:
+        if result.outcome is Outcome.FAULT and not parts.operator.held:
             raise parts.watch.error or SafetyStop(result.reason)
         if result.outcome is not Outcome.COMPLETED:
             parts.progress.note(f"chunk {result.outcome.replace('_', ' ')}: {result.reason}")
         self._count_refusals(result)
         return result
+
+    def _wait_for_operator(self) -> None:
+        """The arm holds until the operator lets it go on: from a fresh frame, for the rows saw what was before."""
+        self.held += 1
+        began_s = time.monotonic()
+        self.parts.operator.resume()
+        self._record("resumed", seconds=time.monotonic() - began_s)
 
     def _count_refusals(self, result: ChunkResult) -> None:
         refused = result.outcome is Outcome.REFUSED and not result.moved

@@ -63,11 +63,11 @@ def row_between(state: RobotState, wanted: Pose, leg: Leg) -> list[float]:
     shift = wanted.position_m - np.asarray(state.ee_position_m)
     row = [float(v) for v in shift]
     if leg.width == 7:
-        row += _roll_pitch_yaw(wanted.rotation @ np.asarray(state.ee_rotation).T)
+        row += roll_pitch_yaw(wanted.rotation @ np.asarray(state.ee_rotation).T)
     return [*row, leg.gripper]
 
 
-def _roll_pitch_yaw(rotation: FloatArray) -> list[float]:
+def roll_pitch_yaw(rotation: FloatArray) -> list[float]:
     """Angles of a small rotation; the inverse of ``rotation_of`` (far from its singularity at 90 degrees of pitch)."""
     return [
         math.atan2(rotation[2, 1], rotation[2, 2]),

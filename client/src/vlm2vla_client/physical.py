@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,9 +17,10 @@ from vlm2vla_client.config import ClientConfig, make_limits
 from vlm2vla_client.confirm import Confirm
 from vlm2vla_client.episode import EpisodeResult, LoopConfig, Parts
 from vlm2vla_client.errors import ConfigurationError
-from vlm2vla_client.executor import Executor
+from vlm2vla_client.executor import Executor, Monitors
 from vlm2vla_client.loop import run_episode
 from vlm2vla_client.moves import Moves
+from vlm2vla_client.operator_keys import NoOperator, Operator
 from vlm2vla_client.policies.base import Policy, Scenario
 from vlm2vla_client.progress import Progress
 from vlm2vla_client.recorder import Recorder
@@ -43,6 +44,7 @@ class PhysicalRun:
     max_cycles: int = 30
     dry_run: bool = False
     confirm: Confirm | None = None
+    operator: Operator = field(default_factory=NoOperator)
     verify_deadline_s: float = 60.0
 
 
@@ -66,8 +68,8 @@ def physical_limits(overrides: Mapping[str, Any]) -> Limits:
     missing = [key for key in ("counter_z_m", "wall_x_m") if key not in overrides]
     if missing:
         raise ConfigurationError(
-            f"limits.toml lacks {' and '.join(missing)}: measure the counter's height and the wall's distance in the "
-            "arm's base frame and give them to `vlm2vla-client configure`; a physical arm does not move without them"
+            f"limits.toml lacks {' and '.join(missing)}: find them with `vlm2vla-client calibrate`, or measure them in "
+            "the arm's base frame and give them to `configure`; a physical arm does not move without them"
         )
     return make_limits(overrides, counter_z_m=float(overrides["counter_z_m"]), wall_x_m=float(overrides["wall_x_m"]))
 
@@ -98,7 +100,8 @@ def run_on_arm(
             recorder.limits(limits)
             moves = Moves(recorder, progress, robot, camera, limits)
             watch = Watch(policy, camera)
-            executor = Executor(robot, clock, limits, watch, speed=request.speed, on_event=moves)
+            monitor = Monitors(request.operator, watch)
+            executor = Executor(robot, clock, limits, monitor, speed=request.speed, on_event=moves)
             parts = Parts(
                 policy=policy,
                 robot=robot,
@@ -111,6 +114,7 @@ def run_on_arm(
                 recorder=recorder,
                 progress=progress,
                 confirm=request.confirm,
+                operator=request.operator,
             )
             return run_episode(parts, _loop_config(request, limits, name))
     finally:

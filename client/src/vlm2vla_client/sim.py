@@ -20,10 +20,11 @@ from vlm2vla_client.config import make_limits
 from vlm2vla_client.confirm import Confirm
 from vlm2vla_client.episode import EpisodeResult, LoopConfig, Parts
 from vlm2vla_client.errors import ConfigurationError
-from vlm2vla_client.executor import Executor
+from vlm2vla_client.executor import Executor, Monitors
 from vlm2vla_client.http import ServerConnection
 from vlm2vla_client.loop import run_episode
 from vlm2vla_client.moves import Moves
+from vlm2vla_client.operator_keys import NoOperator, Operator
 from vlm2vla_client.policies.base import Policy
 from vlm2vla_client.policies.expert import ExpertPolicy
 from vlm2vla_client.policies.random import RandomPolicy
@@ -64,6 +65,7 @@ class SimRequest:
         realtime: let simulated seconds take as long as they say.
         animate: write ``episode.gif``.
         confirm: asked before every chunk.
+        operator: whose keys hold the arm.
         outside: verifiers that the caller made and closes (``verifiers.outside``), by name.
         camera: a real one or a recording, dated by the system's clock, in place of the twin's; its name beside it.
     """
@@ -83,6 +85,7 @@ class SimRequest:
     animate: bool = True
     limits: Mapping[str, Any] = field(default_factory=dict)
     confirm: Confirm | None = None
+    operator: Operator = field(default_factory=NoOperator)
     outside: Mapping[str, Verifier] = field(default_factory=dict)
     camera: Camera | None = None
     camera_name: str = "twin"
@@ -247,7 +250,8 @@ def run_parts(
         display = animation.add if animation is not None else None
         moves = Moves(recorder, progress, bench.robot, bench.camera, bench.limits, display)
         watch = Watch(policy)
-        executor = Executor(bench.robot, clock, bench.limits, watch, speed=request.speed, on_event=moves)
+        monitor = Monitors(request.operator, watch)
+        executor = Executor(bench.robot, clock, bench.limits, monitor, speed=request.speed, on_event=moves)
         parts = Parts(
             policy=policy,
             robot=bench.robot,
@@ -260,6 +264,7 @@ def run_parts(
             recorder=recorder,
             progress=progress,
             confirm=request.confirm,
+            operator=request.operator,
             judge=make_judge(request.choice, bench, planning),
         )
         result = run_episode(parts, _loop_config(request, bench.limits))

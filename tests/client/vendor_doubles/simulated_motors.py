@@ -27,6 +27,7 @@ ARM_NAMES = ["waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist
 NAMES = [*ARM_NAMES, "gripper", "left_finger", "right_finger"]
 MOTORS = 9  # shoulder and elbow have a shadow motor each
 FINGER_SPEED_M_S = 0.08
+PRESS_MA_PER_M = 100_000.0
 REST_EFFORT_MA = (20.0, 300.0, 250.0, 10.0, 60.0, 5.0)
 
 
@@ -67,6 +68,7 @@ class Faults:
     silent_motors: int = 0
     object_m: float = 0.0
     reversed_gripper: bool = False
+    counter_z_m: float | None = None
     driver: bool = True
     mode: str = "position"
     start_rad: list[float] = field(default_factory=lambda: [0.0, 0.02180, 0.18424, 0.0, 1.36474, 0.0])
@@ -109,8 +111,22 @@ class Motors:
         return np.asarray(self.from_rad + share * (self.goal_rad - self.from_rad), dtype=np.float64)
 
     def measured_rad(self) -> FloatArray:
-        """What the encoders say: gravity pulls shoulder and elbow below what they were told."""
-        return self.reached_rad() + self.faults.sag_rad * np.array([0.0, 1.0, 0.5, 0.0, 0.0, 0.0])
+        """What the encoders say: gravity pulls shoulder and elbow below what they were told; a counter stops them."""
+        return self._above_counter(self.reached_rad() + self.faults.sag_rad * np.array([0.0, 1.0, 0.5, 0.0, 0.0, 0.0]))
+
+    def _above_counter(self, joints: FloatArray) -> FloatArray:
+        pose, counter_m = kinematics.forward(joints), self.faults.counter_z_m
+        if counter_m is None or pose.position_m[2] >= counter_m:
+            return joints
+        stopped = np.array([*pose.position_m[:2], counter_m])
+        found = kinematics.inverse(stopped, pose.rotation, joints, 1e-6, 1e-5)
+        assert found is not None, stopped
+        return found
+
+    def pressed_m(self) -> float:
+        """How far the goal lies below the counter that stops the arm."""
+        counter_m, goal_m = self.faults.counter_z_m, float(kinematics.forward(self.reached_rad()).position_m[2])
+        return 0.0 if counter_m is None else max(counter_m - goal_m, 0.0)
 
     def write_group(self, positions: list[float]) -> None:
         """A new goal for all joints."""
@@ -133,8 +149,10 @@ class Motors:
         return min(max(moved, lowest), kinematics.FINGER_MAX_M)
 
     def effort_ma(self) -> list[float]:
-        """Currents of the six joints."""
-        return list(self.faults.effort_ma or REST_EFFORT_MA)
+        """Currents of the six joints; pressing on the counter takes weight off the shoulder (a guess, not measured)."""
+        effort = list(self.faults.effort_ma or REST_EFFORT_MA)
+        effort[1] -= PRESS_MA_PER_M * self.pressed_m()
+        return effort
 
     def joint_states(self) -> JointState:
         """The newest message; a driver that died leaves its last one."""
