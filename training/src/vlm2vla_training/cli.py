@@ -108,10 +108,15 @@ def _add_demos(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _add_ingest(commands: Commands[argparse.ArgumentParser]) -> None:
-    command = _command(commands, "ingest", "commands:run_ingest", "recordings or twin demos -> episode dataset")
+    command = _command(commands, "ingest", "ingest:run_ingest", "robot logs or twin demos -> episode dataset")
     command.add_argument("--format", choices=("recordings", "twin", "rlds", "raw", "lerobot"), default="recordings")
-    command.add_argument("--input", type=Path, required=True, help="folder of recordings, or a twin dataset")
+    command.add_argument("--input", type=Path, required=True, help="folder (rlds: or one file) to read")
     command.add_argument("--successful-only", action="store_true", help="leave out recordings that did not succeed")
+    command.add_argument("--keep-unlabelled", action="store_true", help="keep episodes without an instruction")
+    command.add_argument(
+        "--actions", choices=("commanded", "reached"), default="commanded", help="as logged, or what the poses show"
+    )
+    command.add_argument("--camera", default=None, help="fixed camera in the source; default image_0 or its like")
 
 
 def _add_annotate(commands: Commands[argparse.ArgumentParser]) -> None:

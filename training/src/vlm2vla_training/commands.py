@@ -1,9 +1,8 @@
-"""The data commands: ingest, annotate, curate. Each resumes where it stopped and ends with summary.json."""
+"""The data commands behind ingest: annotate and curate. Each resumes where it stopped and ends with summary.json."""
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,54 +12,12 @@ from vlm2vla_training.annotation.base import AnnotatedEpisode
 from vlm2vla_training.annotation.rules import RulesAnnotator
 from vlm2vla_training.curation.dataset import CurateCounts, ExampleWriter, count, curate, write_card
 from vlm2vla_training.curation.examples import ExampleOptions, examples_of
-from vlm2vla_training.episodes.parquet import EpisodeDataset, EpisodeWriter
-from vlm2vla_training.episodes.recordings import RecordingsSource
-from vlm2vla_training.errors import DataError, NotBuiltError, TrainingError
+from vlm2vla_training.episodes.parquet import EpisodeDataset
+from vlm2vla_training.errors import NotBuiltError, TrainingError
 from vlm2vla_training.jsonio import JsonlAppender, read_jsonl, sha256_of_files
 from vlm2vla_training.progress import finish, track
 
 ANNOTATED_FILE = "annotated.jsonl"
-_NOT_BUILT_FORMATS = ("rlds", "raw", "lerobot")
-
-
-def run_ingest(args: argparse.Namespace) -> int:
-    """`ingest`: recordings or a twin dataset -> an episode dataset."""
-    started = time.monotonic()
-    if args.format in _NOT_BUILT_FORMATS:
-        raise NotBuiltError(f"ingest --format {args.format} is not built yet; recordings and twin are")
-    if args.format == "twin":
-        return _pass_through(args.input, args.out, args.dry_run, started)
-    source = RecordingsSource(args.input, args.successful_only)
-    if args.dry_run:
-        print(f"ingest: would read {len(source.keys())} recordings from {args.input} into {args.out}")
-        return 0
-    empty = 0
-    with EpisodeWriter(args.out) as writer:
-        before = len(writer.done)
-        for episode in track(source.episodes(frozenset(writer.done)), len(source.keys()) - before, "ingest"):
-            writer.write(episode)
-        new = len(writer.done) - before
-        empty = len(source.keys()) - len(writer.done)
-    if before + new == 0:
-        raise DataError(f"none of the {len(source.keys())} recordings in {args.input} qualifies (no executed row)")
-    summary = {"format": args.format, "episodes": before + new, "new": new, "left_out": empty}
-    finish("ingest", args.out, summary, started, f"{new} new episodes, {before} kept, {empty} left out")
-    return 0
-
-
-def _pass_through(source: Path, out: Path, dry_run: bool, started: float) -> int:
-    dataset = EpisodeDataset(source)
-    if dry_run:
-        print(f"ingest: would copy {len(dataset.keys())} twin episodes from {source} to {out}")
-        return 0
-    out.mkdir(parents=True, exist_ok=True)
-    for path in [*dataset.parts, source / "episodes.parquet"]:
-        partial = out / (path.name + ".partial")
-        shutil.copyfile(path, partial)
-        partial.replace(out / path.name)
-    episodes = len(dataset.keys())
-    finish("ingest", out, {"format": "twin", "episodes": episodes}, started, f"{episodes} episodes passed through")
-    return 0
 
 
 def run_annotate(args: argparse.Namespace) -> int:
