@@ -23,7 +23,7 @@ def test_what_is_not_built_says_so(command: str, capsys: pytest.CaptureFixture[s
     assert "not built yet" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("data_format", ["raw", "lerobot"])
+@pytest.mark.parametrize("data_format", ["lerobot"])
 def test_formats_that_are_not_built_say_so(
     data_format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

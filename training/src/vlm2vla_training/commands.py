@@ -11,6 +11,7 @@ from typing import Any
 from vlm2vla_training.annotation.base import AnnotatedEpisode
 from vlm2vla_training.annotation.rules import RulesAnnotator
 from vlm2vla_training.curation.dataset import CurateCounts, ExampleWriter, count, curate, write_card
+from vlm2vla_training.curation.decisions import choose, read_decisions
 from vlm2vla_training.curation.examples import ExampleOptions, examples_of
 from vlm2vla_training.episodes.parquet import EpisodeDataset
 from vlm2vla_training.errors import NotBuiltError, TrainingError
@@ -42,13 +43,16 @@ def run_annotate(args: argparse.Namespace) -> int:
             except TrainingError as error:
                 failures.append({"episode_key": episode.key, "error": str(error)})
     summary = {"annotator": annotator.name, "failures": failures, **_describe(path)}
-    finish("annotate", args.out, summary, started, f"{summary['episodes']} episodes, {len(failures)} failed")
+    quarantined = summary["audit"]["quarantined"]
+    line = f"{summary['episodes']} episodes, {quarantined} quarantined, {len(failures)} failed"
+    finish("annotate", args.out, summary, started, line)
     return 0
 
 
 def _describe(path: Path) -> dict[str, Any]:
     steps: Counter[str] = Counter()
     flags: Counter[str] = Counter()
+    findings: Counter[str] = Counter()
     episodes = 0
     for line in read_jsonl(path):
         annotated = AnnotatedEpisode.from_json(line)
@@ -57,7 +61,10 @@ def _describe(path: Path) -> dict[str, Any]:
         for name in ("covered", "actions_match", "begins_with_move", "first_action_zero"):
             flags[name] += bool(annotated.audit.get(name))
         flags["with_notes"] += bool(annotated.audit.get("notes"))
-    return {"episodes": episodes, "steps": dict(steps.most_common(200)), "audit": dict(flags)}
+        flags["quarantined"] += bool(annotated.audit.get("quarantine"))
+        findings.update(str(finding["check"]) for finding in annotated.audit.get("findings", []))
+    audit = {**flags, "findings": dict(findings)}
+    return {"episodes": episodes, "steps": dict(steps.most_common(200)), "audit": audit}
 
 
 def run_curate(args: argparse.Namespace) -> int:
@@ -77,30 +84,43 @@ def run_curate(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     dataset = EpisodeDataset(args.episodes)
-    annotated = read_annotated(args.annotated)
+    decisions = read_decisions(args.decisions) if args.decisions else {}
+    choice = choose(read_annotated(args.annotated), decisions)
+    annotated = choice.kept
     if args.dry_run:
         counts = CurateCounts()
         for episode in annotated.values():
             count(counts, episode.episode_key, examples_of(episode, options))
-        print(f"curate: would write {dict(counts.examples)}, drop {dict(counts.dropped)}")
+        print(
+            f"curate: would write {dict(counts.examples)}, drop {dict(counts.dropped)}; "
+            f"{len(choice.left_out)} episodes left out"
+        )
         return 0
-    writer = ExampleWriter(args.out, options, args.image_size)
+    writer = ExampleWriter(args.out, options, args.image_size, decisions=decisions)
     counts = CurateCounts()
+    for key, kind, detail in choice.left_out:
+        counts.leave_out(key, kind, detail)
     for key in writer.done & annotated.keys():  # what an earlier run wrote belongs into the counts
         count(counts, key, examples_of(annotated[key], options))
     todo = len(set(dataset.keys()) - writer.done)
     episodes = dataset.episodes(frozenset(writer.done))
-    for _ in track(curate(episodes, annotated, writer, options, counts), todo, "curate"):
+    out = frozenset(key for key, _, _ in choice.left_out)
+    for _ in track(curate(episodes, annotated, writer, options, counts, out), todo - len(out), "curate"):
         pass
     summary = {
         **counts.to_json(),
         "options": {**vars(options), "image_size_px": args.image_size},
+        "decisions": choice.to_json(),
         "annotators": sorted({episode.annotator for episode in annotated.values()}),
         "sources": sorted(dataset.sources()),
         "data_hash": sha256_of_files(sorted(args.out.glob("part-*.parquet"))),
     }
     write_card(args.out, summary, dataset.sources())
     line = f"{summary['examples_total']} examples of {counts.episodes} episodes, {summary['dropped_total']} dropped"
+    if choice.left_out:
+        line += f", {len(choice.left_out)} episodes left out (quarantined or rejected)"
+    if choice.stale:
+        line += f", {len(choice.stale)} decisions about other annotations not used"
     finish("curate", args.out, summary, started, line)
     return 0
 

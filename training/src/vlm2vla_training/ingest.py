@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm2vla_training.episodes.base import EpisodeSource
+from vlm2vla_training.episodes.bridge_raw import BridgeRawSource
 from vlm2vla_training.episodes.intake import IntakeOptions, IntakeReport
 from vlm2vla_training.episodes.parquet import EpisodeDataset, EpisodeWriter
 from vlm2vla_training.episodes.recordings import RecordingsSource
@@ -18,7 +19,7 @@ from vlm2vla_training.errors import DataError, NotBuiltError, UsageError
 from vlm2vla_training.jsonio import read_json, write_json
 from vlm2vla_training.progress import finish, track
 
-_NOT_BUILT_FORMATS = ("raw", "lerobot")
+_NOT_BUILT_FORMATS = ("lerobot",)
 _OPTIONS_FILE = "options.json"
 # So many damaged places are printed; summary.json has all.
 _PRINTED = 20
@@ -28,7 +29,7 @@ def run_ingest(args: argparse.Namespace) -> int:
     """`ingest`: read, write, report what was left out and why."""
     started = time.monotonic()
     if args.format in _NOT_BUILT_FORMATS:
-        raise NotBuiltError(f"ingest --format {args.format} is not built yet; recordings, twin and rlds are")
+        raise NotBuiltError(f"ingest --format {args.format} is not built yet; recordings, twin, rlds and raw are")
     if args.format == "twin":
         return _pass_through(args.input, args.out, args.dry_run, started)
     source, report = _open(args)
@@ -63,6 +64,9 @@ def _open(args: argparse.Namespace) -> tuple[EpisodeSource, IntakeReport | None]
     if args.format == "rlds":
         rlds = RldsSource(args.input, options)
         return rlds, rlds.report
+    if args.format == "raw":
+        raw = BridgeRawSource(args.input, options)
+        return raw, raw.report
     if options != IntakeOptions():
         raise UsageError("--keep-unlabelled, --actions and --camera are for rlds, raw and lerobot, not for recordings")
     return RecordingsSource(args.input, args.successful_only), None
