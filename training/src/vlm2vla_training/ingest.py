@@ -12,14 +12,14 @@ from typing import Any
 from vlm2vla_training.episodes.base import EpisodeSource
 from vlm2vla_training.episodes.bridge_raw import BridgeRawSource
 from vlm2vla_training.episodes.intake import IntakeOptions, IntakeReport
+from vlm2vla_training.episodes.lerobot import LeRobotSource
 from vlm2vla_training.episodes.parquet import EpisodeDataset, EpisodeWriter
 from vlm2vla_training.episodes.recordings import RecordingsSource
 from vlm2vla_training.episodes.rlds import RldsSource
-from vlm2vla_training.errors import DataError, NotBuiltError, UsageError
+from vlm2vla_training.errors import DataError, UsageError
 from vlm2vla_training.jsonio import read_json, write_json
 from vlm2vla_training.progress import finish, track
 
-_NOT_BUILT_FORMATS = ("lerobot",)
 _OPTIONS_FILE = "options.json"
 # So many damaged places are printed; summary.json has all.
 _PRINTED = 20
@@ -28,8 +28,6 @@ _PRINTED = 20
 def run_ingest(args: argparse.Namespace) -> int:
     """`ingest`: read, write, report what was left out and why."""
     started = time.monotonic()
-    if args.format in _NOT_BUILT_FORMATS:
-        raise NotBuiltError(f"ingest --format {args.format} is not built yet; recordings, twin, rlds and raw are")
     if args.format == "twin":
         return _pass_through(args.input, args.out, args.dry_run, started)
     source, report = _open(args)
@@ -67,6 +65,9 @@ def _open(args: argparse.Namespace) -> tuple[EpisodeSource, IntakeReport | None]
     if args.format == "raw":
         raw = BridgeRawSource(args.input, options)
         return raw, raw.report
+    if args.format == "lerobot":
+        lerobot = LeRobotSource(args.input, options)
+        return lerobot, lerobot.report
     if options != IntakeOptions():
         raise UsageError("--keep-unlabelled, --actions and --camera are for rlds, raw and lerobot, not for recordings")
     return RecordingsSource(args.input, args.successful_only), None
