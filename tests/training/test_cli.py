@@ -23,15 +23,6 @@ def test_what_is_not_built_says_so(command: str, capsys: pytest.CaptureFixture[s
     assert "not built yet" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("data_format", ["rlds", "raw", "lerobot"])
-def test_formats_that_are_not_built_say_so(
-    data_format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["ingest", "--format", data_format, "--input", str(tmp_path), "--out", str(tmp_path / "out")]
-    assert main(arguments) == 2
-    assert "not built yet" in capsys.readouterr().err
-
-
 def test_gemini_is_not_built(tmp_path: Path) -> None:
     assert main(["annotate", "--annotator", "gemini", "--episodes", str(tmp_path), "--out", str(tmp_path / "o")]) == 2
 

@@ -88,6 +88,8 @@ def test_no_gripper_event_is_one_approach() -> None:
         ("take the spoon out of the drawer", [Goal("take", "Spoon", None)]),
         ("open the silver pot", [Goal("open", "Silver Pot", None)]),
         ("put salt and pepper into the pan", [Goal("put", "Salt and Pepper", "Pan")]),
+        ("flip pot upright which is in sink", [Goal("flip", "Pot", None)]),
+        ("turn lever vertical to front", [Goal("turn", "Lever", None)]),
         ("", [Goal("handle", "Object", None)]),
     ],
 )

@@ -71,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demos(commands)
     _add_ingest(commands)
     _add_annotate(commands)
+    _add_audit(commands)
     _add_curate(commands)
     _add_pretrain(commands)
     _add_sft(commands)
@@ -112,10 +113,15 @@ def _add_demos(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _add_ingest(commands: Commands[argparse.ArgumentParser]) -> None:
-    command = _command(commands, "ingest", "commands:run_ingest", "recordings or twin demos -> episode dataset")
+    command = _command(commands, "ingest", "ingest:run_ingest", "robot logs or twin demos -> episode dataset")
     command.add_argument("--format", choices=("recordings", "twin", "rlds", "raw", "lerobot"), default="recordings")
-    command.add_argument("--input", type=Path, required=True, help="folder of recordings, or a twin dataset")
+    command.add_argument("--input", type=Path, required=True, help="folder (rlds: or one file) to read")
     command.add_argument("--successful-only", action="store_true", help="leave out recordings that did not succeed")
+    command.add_argument("--keep-unlabelled", action="store_true", help="keep episodes without an instruction")
+    command.add_argument(
+        "--actions", choices=("commanded", "reached"), default="commanded", help="as logged, or what the poses show"
+    )
+    command.add_argument("--camera", default=None, help="fixed camera in the source; default image_0 or its like")
 
 
 def _add_annotate(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -124,10 +130,20 @@ def _add_annotate(commands: Commands[argparse.ArgumentParser]) -> None:
     command.add_argument("--annotator", choices=("rules", "gemini"), default="rules")
 
 
+def _add_audit(commands: Commands[argparse.ArgumentParser]) -> None:
+    command = _command(commands, "audit", "audit_page:run_audit", "annotations -> a page on which a person judges them")
+    command.add_argument("--episodes", type=Path, required=True, help="episode dataset")
+    command.add_argument("--annotated", type=Path, required=True, help="annotated.jsonl or its folder")
+    command.add_argument("--sample", type=int, default=40, help="episodes on the page; those with findings come first")
+    command.add_argument("--key", action="append", default=[], help="an episode that must be on the page; repeatable")
+    command.add_argument("--seed", type=int, default=0, help="of the sample")
+
+
 def _add_curate(commands: Commands[argparse.ArgumentParser]) -> None:
     command = _command(commands, "curate", "commands:run_curate", "episodes and annotations -> training examples")
     command.add_argument("--episodes", type=Path, required=True, help="episode dataset")
     command.add_argument("--annotated", type=Path, required=True, help="annotated.jsonl or its folder")
+    command.add_argument("--decisions", type=Path, help="accepted and rejected episodes, saved from the page of audit")
     command.add_argument("--variant", choices=("main", "at", "nr"), default="main", help="text, action tokens, no plan")
     command.add_argument(
         "--kinds", default="subtasks,motion_plan,actions,completion,verify,direction", help="comma separated"

@@ -1,9 +1,8 @@
-"""The data commands: ingest, annotate, curate. Each resumes where it stopped and ends with summary.json."""
+"""The data commands behind ingest: annotate and curate. Each resumes where it stopped and ends with summary.json."""
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -12,55 +11,14 @@ from typing import Any
 from vlm2vla_training.annotation.base import AnnotatedEpisode
 from vlm2vla_training.annotation.rules import RulesAnnotator
 from vlm2vla_training.curation.dataset import CurateCounts, ExampleWriter, count, curate, write_card
+from vlm2vla_training.curation.decisions import choose, read_decisions
 from vlm2vla_training.curation.examples import ExampleOptions, examples_of
-from vlm2vla_training.episodes.parquet import EpisodeDataset, EpisodeWriter
-from vlm2vla_training.episodes.recordings import RecordingsSource
-from vlm2vla_training.errors import DataError, NotBuiltError, TrainingError
+from vlm2vla_training.episodes.parquet import EpisodeDataset
+from vlm2vla_training.errors import NotBuiltError, TrainingError
 from vlm2vla_training.jsonio import JsonlAppender, read_jsonl, sha256_of_files
 from vlm2vla_training.progress import finish, track
 
 ANNOTATED_FILE = "annotated.jsonl"
-_NOT_BUILT_FORMATS = ("rlds", "raw", "lerobot")
-
-
-def run_ingest(args: argparse.Namespace) -> int:
-    """`ingest`: recordings or a twin dataset -> an episode dataset."""
-    started = time.monotonic()
-    if args.format in _NOT_BUILT_FORMATS:
-        raise NotBuiltError(f"ingest --format {args.format} is not built yet; recordings and twin are")
-    if args.format == "twin":
-        return _pass_through(args.input, args.out, args.dry_run, started)
-    source = RecordingsSource(args.input, args.successful_only)
-    if args.dry_run:
-        print(f"ingest: would read {len(source.keys())} recordings from {args.input} into {args.out}")
-        return 0
-    empty = 0
-    with EpisodeWriter(args.out) as writer:
-        before = len(writer.done)
-        for episode in track(source.episodes(frozenset(writer.done)), len(source.keys()) - before, "ingest"):
-            writer.write(episode)
-        new = len(writer.done) - before
-        empty = len(source.keys()) - len(writer.done)
-    if before + new == 0:
-        raise DataError(f"none of the {len(source.keys())} recordings in {args.input} qualifies (no executed row)")
-    summary = {"format": args.format, "episodes": before + new, "new": new, "left_out": empty}
-    finish("ingest", args.out, summary, started, f"{new} new episodes, {before} kept, {empty} left out")
-    return 0
-
-
-def _pass_through(source: Path, out: Path, dry_run: bool, started: float) -> int:
-    dataset = EpisodeDataset(source)
-    if dry_run:
-        print(f"ingest: would copy {len(dataset.keys())} twin episodes from {source} to {out}")
-        return 0
-    out.mkdir(parents=True, exist_ok=True)
-    for path in [*dataset.parts, source / "episodes.parquet"]:
-        partial = out / (path.name + ".partial")
-        shutil.copyfile(path, partial)
-        partial.replace(out / path.name)
-    episodes = len(dataset.keys())
-    finish("ingest", out, {"format": "twin", "episodes": episodes}, started, f"{episodes} episodes passed through")
-    return 0
 
 
 def run_annotate(args: argparse.Namespace) -> int:
@@ -85,13 +43,16 @@ def run_annotate(args: argparse.Namespace) -> int:
             except TrainingError as error:
                 failures.append({"episode_key": episode.key, "error": str(error)})
     summary = {"annotator": annotator.name, "failures": failures, **_describe(path)}
-    finish("annotate", args.out, summary, started, f"{summary['episodes']} episodes, {len(failures)} failed")
+    quarantined = summary["audit"]["quarantined"]
+    line = f"{summary['episodes']} episodes, {quarantined} quarantined, {len(failures)} failed"
+    finish("annotate", args.out, summary, started, line)
     return 0
 
 
 def _describe(path: Path) -> dict[str, Any]:
     steps: Counter[str] = Counter()
     flags: Counter[str] = Counter()
+    findings: Counter[str] = Counter()
     episodes = 0
     for line in read_jsonl(path):
         annotated = AnnotatedEpisode.from_json(line)
@@ -100,7 +61,10 @@ def _describe(path: Path) -> dict[str, Any]:
         for name in ("covered", "actions_match", "begins_with_move", "first_action_zero"):
             flags[name] += bool(annotated.audit.get(name))
         flags["with_notes"] += bool(annotated.audit.get("notes"))
-    return {"episodes": episodes, "steps": dict(steps.most_common(200)), "audit": dict(flags)}
+        flags["quarantined"] += bool(annotated.audit.get("quarantine"))
+        findings.update(str(finding["check"]) for finding in annotated.audit.get("findings", []))
+    audit = {**flags, "findings": dict(findings)}
+    return {"episodes": episodes, "steps": dict(steps.most_common(200)), "audit": audit}
 
 
 def run_curate(args: argparse.Namespace) -> int:
@@ -120,30 +84,43 @@ def run_curate(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     dataset = EpisodeDataset(args.episodes)
-    annotated = read_annotated(args.annotated)
+    decisions = read_decisions(args.decisions) if args.decisions else {}
+    choice = choose(read_annotated(args.annotated), decisions)
+    annotated = choice.kept
     if args.dry_run:
         counts = CurateCounts()
         for episode in annotated.values():
             count(counts, episode.episode_key, examples_of(episode, options))
-        print(f"curate: would write {dict(counts.examples)}, drop {dict(counts.dropped)}")
+        print(
+            f"curate: would write {dict(counts.examples)}, drop {dict(counts.dropped)}; "
+            f"{len(choice.left_out)} episodes left out"
+        )
         return 0
-    writer = ExampleWriter(args.out, options, args.image_size)
+    writer = ExampleWriter(args.out, options, args.image_size, decisions=decisions)
     counts = CurateCounts()
+    for key, kind, detail in choice.left_out:
+        counts.leave_out(key, kind, detail)
     for key in writer.done & annotated.keys():  # what an earlier run wrote belongs into the counts
         count(counts, key, examples_of(annotated[key], options))
     todo = len(set(dataset.keys()) - writer.done)
     episodes = dataset.episodes(frozenset(writer.done))
-    for _ in track(curate(episodes, annotated, writer, options, counts), todo, "curate"):
+    out = frozenset(key for key, _, _ in choice.left_out)
+    for _ in track(curate(episodes, annotated, writer, options, counts, out), todo - len(out), "curate"):
         pass
     summary = {
         **counts.to_json(),
         "options": {**vars(options), "image_size_px": args.image_size},
+        "decisions": choice.to_json(),
         "annotators": sorted({episode.annotator for episode in annotated.values()}),
         "sources": sorted(dataset.sources()),
         "data_hash": sha256_of_files(sorted(args.out.glob("part-*.parquet"))),
     }
     write_card(args.out, summary, dataset.sources())
     line = f"{summary['examples_total']} examples of {counts.episodes} episodes, {summary['dropped_total']} dropped"
+    if choice.left_out:
+        line += f", {len(choice.left_out)} episodes left out (quarantined or rejected)"
+    if choice.stale:
+        line += f", {len(choice.stale)} decisions about other annotations not used"
     finish("curate", args.out, summary, started, line)
     return 0
 

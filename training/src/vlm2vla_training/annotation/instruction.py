@@ -18,6 +18,10 @@ _PLACE = re.compile(
     re.IGNORECASE,
 )
 _FROM = re.compile(r"\s+(?:from|off|out of)\s+.+$", re.IGNORECASE)
+# "the pot which is in the sink" and "the lever vertical" are still the pot and the lever.
+_ASIDE = re.compile(
+    r"\s+(?:(?:which|that)(?:\s+(?:is|are))?(?:\s.*)?|upright|vertical|horizontal|upside down)$", re.IGNORECASE
+)
 _ARTICLE = re.compile(r"^(?:(?:the|a|an|some|its|your|this|that)\s+)+", re.IGNORECASE)
 _PLACING_VERBS = frozenset({"put", "place", "move", "set", "drop", "bring", "take", "stack", "slide", "push"})
 _PRONOUNS = frozenset({"it", "them"})
@@ -60,10 +64,15 @@ def _goal(clause: str, previous: Goal | None) -> Goal:
         rest, target = place["object"], title_case(place["target"])
     elif place:
         rest = place["object"]
-    name = _FROM.sub("", rest)
+    name = _without_asides(_FROM.sub("", rest))
     if name.strip().lower() in _PRONOUNS and previous is not None:
         return Goal(verb, previous.object, target)
     return Goal(verb, title_case(name), target)
+
+
+def _without_asides(name: str) -> str:
+    shorter = _ASIDE.sub("", name)
+    return name if shorter == name else _without_asides(shorter)
 
 
 def title_case(phrase: str) -> str:

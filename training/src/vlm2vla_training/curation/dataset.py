@@ -52,6 +52,13 @@ class CurateCounts:
     dropped: Counter[str] = field(default_factory=Counter)
     drops: list[dict[str, Any]] = field(default_factory=list)
     not_imitated: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    left_out_episodes: list[dict[str, str]] = field(default_factory=list)
+
+    def leave_out(self, key: str, kind: str, detail: str) -> None:
+        """Count and name a whole episode that is not trained on."""
+        self.left_out[kind] += 1
+        self.left_out_episodes.append({"episode_key": key, "reason": kind, "detail": detail})
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -63,14 +70,23 @@ class CurateCounts:
             "dropped_total": self.dropped.total(),
             "drops": self.drops,
             "steps_not_imitated": self.not_imitated,
+            "left_out": dict(self.left_out),
+            "left_out_episodes": self.left_out_episodes,
         }
 
 
 class ExampleWriter:
     """Append the examples of whole episodes; a part appears whole or not at all, so a stopped run resumes."""
 
-    def __init__(self, folder: Path, options: ExampleOptions, image_size_px: int, episodes_per_part: int = 64) -> None:
-        """Open or create the folder.
+    def __init__(
+        self,
+        folder: Path,
+        options: ExampleOptions,
+        image_size_px: int,
+        episodes_per_part: int = 64,
+        decisions: dict[str, tuple[str, str]] | None = None,
+    ) -> None:
+        """Open or create the folder; `decisions` are remembered as part of the options.
 
         Raises:
             UsageError: it was written with other options.
@@ -83,6 +99,8 @@ class ExampleWriter:
         self._keys: list[str] = []
         folder.mkdir(parents=True, exist_ok=True)
         chosen = {**dataclasses.asdict(options), "kinds": list(options.kinds), "image_size_px": image_size_px}
+        if decisions:
+            chosen["decisions"] = {key: list(one) for key, one in sorted(decisions.items())}
         existing = folder / _OPTIONS_FILE
         if existing.exists() and read_json(existing) != chosen:
             raise UsageError(f"{folder} was curated with other options ({existing}); choose another --out")
@@ -139,15 +157,18 @@ def curate(
     writer: ExampleWriter,
     options: ExampleOptions,
     counts: CurateCounts,
+    left_out: frozenset[str] = frozenset(),
 ) -> Iterator[str]:
     """Turn annotated episodes into examples; yields each key when it is queued. Episodes without annotation are counted
-    as dropped.
+    as dropped, those in `left_out` were counted by the caller.
 
     Raises:
         DataError: an annotation does not fit its episode.
     """
     for episode in episodes:
         annotation = annotated.get(episode.key)
+        if episode.key in left_out:
+            continue
         if annotation is None:
             counts.dropped["episode without annotation"] += 1
             continue
@@ -237,6 +258,7 @@ def load_examples(folder: Path, image_size_px: int, kinds: tuple[str, ...] | Non
 
 def write_card(folder: Path, summary: dict[str, Any], sources: dict[str, int]) -> None:
     """Write README.md, the dataset card, with the attribution that Bridge data asks for."""
+    left_out = ", ".join(f"{n} {why}" for why, n in sorted(summary["left_out"].items()))
     lines = [
         "# Training examples for a text-action policy",
         "",
@@ -246,6 +268,8 @@ def write_card(folder: Path, summary: dict[str, Any], sources: dict[str, int]) -
         "| kind | examples | dropped |",
         "|---|---|---|",
         *(f"| {kind} | {n} | {summary['dropped'].get(kind, 0)} |" for kind, n in sorted(summary["examples"].items())),
+        "",
+        f"Episodes left out: {left_out or 'none'}.",
         "",
         "Sources: " + ", ".join(f"{name} ({n} episodes)" for name, n in sorted(sources.items())) + ".",
         "",

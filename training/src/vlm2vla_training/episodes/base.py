@@ -60,8 +60,8 @@ class Episode:
 class EpisodeSource(Protocol):
     """Something that episodes can be read from; reading streams and blocks on disk."""
 
-    def keys(self) -> list[str]:
-        """Return every episode key, in reading order."""
+    def count(self) -> int:
+        """Return how many episodes are expected, for the progress line; 0 when that is not known before reading."""
         ...
 
     def episodes(self, skip: frozenset[str] = frozenset()) -> Iterator[Episode]:

@@ -118,6 +118,10 @@ class EpisodeDataset:
         """Return every episode key, in reading order."""
         return [fact["episode_key"] for fact in self._facts]
 
+    def count(self) -> int:
+        """Return the number of episodes."""
+        return len(self._facts)
+
     def sources(self) -> dict[str, int]:
         """Return how many episodes each source gave."""
         return dict(Counter(str(fact["source"]) for fact in self._facts))

@@ -37,6 +37,10 @@ class RecordingsSource:
         """Return "recordings/<folder>" of every recording."""
         return [self._key(folder) for folder in self._folders]
 
+    def count(self) -> int:
+        """Return how many recordings there are, whether they qualify or not."""
+        return len(self._folders)
+
     def episodes(self, skip: frozenset[str] = frozenset()) -> Iterator[Episode]:
         """Yield the recordings that hold at least one executed row; each is read whole."""
         for folder in self._folders:

@@ -1,0 +1,194 @@
+"""RLDS datasets (TensorFlow Datasets on disk) as episodes, without TensorFlow; made for BridgeData V2.
+
+One record is one episode: `steps/action` float[T*7], `steps/observation/state` float[T*7],
+`steps/observation/image_0` bytes[T], `steps/language_instruction` bytes[T], `episode_metadata/...`. Source:
+https://github.com/google-research/rlds and the features.json that lies beside the shards.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vlm2vla_schema.errors import ImageError
+from vlm2vla_schema.images import decode_image
+from vlm2vla_training.episodes.base import Episode
+from vlm2vla_training.episodes.intake import IntakeOptions, IntakeReport, RawEpisode, rows_of, take_in
+from vlm2vla_training.episodes.tfexample import Example
+from vlm2vla_training.episodes.tfrecord import Damage, Record, read_records, shards_of
+from vlm2vla_training.errors import DataError
+from vlm2vla_training.jsonio import read_json
+
+_SHARD_NAME = re.compile(r"^(?P<name>.+)-(?P<split>[a-z]+)\.tfrecord-(?P<shard>\d+)-of-(?P<shards>\d+)$")
+# Where the Berkeley builders kept their intermediate files; what follows is the same for everyone.
+_BUILD_ROOT = re.compile(r"^.*/numpy_\d+/")
+_OLD_SUBSET = (
+    "this is OXE's `bridge` 0.1.0, an old subset with other actions; expected `bridge_dataset` 1.0.0 of "
+    "rail.eecs.berkeley.edu"
+)
+
+
+class RldsSource:
+    """Every episode of the TFRecord shards below a folder; an EpisodeSource. `report` fills while reading."""
+
+    def __init__(self, root: Path, options: IntakeOptions) -> None:
+        """List the shards.
+
+        Raises:
+            DataError: there is none, or it is OXE's old subset of Bridge.
+        """
+        self.report = IntakeReport()
+        self._options = options
+        self._camera = options.camera or "image_0"
+        self._shards = shards_of(root)
+        if not self._shards:
+            raise DataError(f"{root} holds no *.tfrecord* file; expected an RLDS dataset, shards and dataset_info.json")
+        self._infos = {folder: _info(folder) for folder in {shard.parent for shard in self._shards}}
+        self._seen: set[str] = set()
+
+    def count(self) -> int:
+        """Return how many episodes dataset_info.json promises; 0 when it says nothing."""
+        return sum(self._promised(shard) or 0 for shard in self._shards)
+
+    def episodes(self, skip: frozenset[str] = frozenset()) -> Iterator[Episode]:
+        """Yield the episodes whose key is not in `skip`, one at a time; damage is reported, not raised."""
+        self._report_missing_shards()
+        for shard in self._shards:
+            met = 0
+            before = len(self.report.damage)
+            for record in read_records(shard, self._damaged):
+                met += 1
+                episode = self._episode(shard, record)
+                if episode is not None and episode.key not in skip:
+                    yield episode
+            promised = self._promised(shard)
+            if promised is not None and met != promised and len(self.report.damage) == before:
+                what = f"{met} records; dataset_info.json promises {promised}"
+                self._damaged(Damage(str(shard), met, shard.stat().st_size, what))
+
+    def _damaged(self, damage: Damage) -> None:
+        self.report.damage.append(asdict(damage))
+
+    def _episode(self, shard: Path, record: Record) -> Episode | None:
+        place = f"{shard.name} record {record.number}"
+        self.report.records += 1
+        try:
+            raw = self._raw(shard, record)
+        except (DataError, ImageError) as error:
+            self.report.leave_out(place, "unreadable record", f"offset {record.offset}: {error}")
+            return None
+        if raw is None:
+            return None
+        if raw.key in self._seen:
+            self.report.leave_out(raw.key, "key met twice", f"{place}, offset {record.offset}")
+            return None
+        self._seen.add(raw.key)
+        return take_in(raw, self._options, self.report)
+
+    def _raw(self, shard: Path, record: Record) -> RawEpisode | None:
+        example = Example(record.data)
+        if "steps/action/world_vector" in example:
+            raise DataError(_OLD_SUBSET)
+        source = self._source(shard)
+        metadata = _metadata(example)
+        path = _BUILD_ROOT.sub("", str(metadata.get("file_path", "")))
+        # episode_id alone restarts in every file: the pair is unique.
+        number = metadata.get("episode_id", record.number)
+        key = f"{source}/{path or shard.name}#{number}"
+        images = example.bytes_list(f"steps/observation/{self._camera}")
+        if self._camera_missing(metadata, images):
+            self.report.leave_out(key, f"no camera {self._camera}")
+            return None
+        match = _SHARD_NAME.match(shard.name)
+        facts = {**metadata, "split": match["split"] if match else None, "camera": self._camera}
+        return RawEpisode(
+            key,
+            self._instruction(example, metadata),
+            source,
+            images,
+            rows_of(example.floats("steps/action"), 7, "steps/action"),
+            rows_of(example.floats("steps/observation/state"), 7, "steps/observation/state"),
+            0,
+            facts,
+        )
+
+    def _camera_missing(self, metadata: dict[str, Any], images: list[bytes]) -> bool:
+        """A missing camera is not absent but black; `has_image_k` says which are there.
+
+        Episodes of Bridge's first version carry false for every camera, those with pictures included: flags that are
+        all false say nothing, and the first frame decides.
+        """
+        flags = [value for name, value in metadata.items() if name.startswith("has_image_")]
+        if any(flags):
+            return not metadata.get(f"has_{self._camera}", 1)
+        if flags:
+            self.report.traps["camera_flags_all_false"] += 1
+        # Black frames are all the same bytes: only such are worth decoding.
+        return bool(images) and images[0] == images[-1] and not decode_image(images[0]).any()
+
+    def _instruction(self, example: Example, metadata: dict[str, Any]) -> str:
+        name = "steps/language_instruction"
+        if name not in example or not metadata.get("has_language", 1):
+            return ""
+        found = Counter(text.decode("utf-8", "replace").strip() for text in example.bytes_list(name))
+        if len(found) > 1:
+            self.report.traps["instruction_varies"] += 1
+        return next((text for text, _ in found.most_common() if text), "")
+
+    def _source(self, shard: Path) -> str:
+        name = str(self._infos[shard.parent].get("name", ""))
+        if not name:
+            match = _SHARD_NAME.match(shard.name)
+            name = match["name"] if match else "rlds"
+        return "bridge" if name == "bridge_dataset" else name
+
+    def _promised(self, shard: Path) -> int | None:
+        match = _SHARD_NAME.match(shard.name)
+        for split in self._infos[shard.parent].get("splits", []) if match else ():
+            lengths = split.get("shardLengths", [])
+            if match and split.get("name") == match["split"] and len(lengths) == int(match["shards"]):
+                return int(lengths[int(match["shard"])])
+        return None
+
+    def _report_missing_shards(self) -> None:
+        found: dict[tuple[Path, str, str, int], set[int]] = {}
+        for shard in self._shards:
+            if match := _SHARD_NAME.match(shard.name):
+                group = (shard.parent, match["name"], match["split"], int(match["shards"]))
+                found.setdefault(group, set()).add(int(match["shard"]))
+        for (_, name, split, shards), present in found.items():
+            missing = shards - len(present)
+            if missing:
+                self.report.traps[f"shards_missing of {name}-{split}"] += missing
+
+
+def _info(folder: Path) -> dict[str, Any]:
+    path = folder / "dataset_info.json"
+    info = read_json(path) if path.exists() else {}
+    if not isinstance(info, dict):
+        raise DataError(f"{path} holds {type(info).__name__}; expected an object")
+    if info.get("name") == "bridge" and str(info.get("version", "")).startswith("0.1"):
+        raise DataError(f"{folder}: {_OLD_SUBSET}")
+    return info
+
+
+def _metadata(example: Example) -> dict[str, Any]:
+    """episode_metadata as JSON values: texts and whole numbers, one each."""
+    values: dict[str, Any] = {}
+    prefix = "episode_metadata/"
+    for name in example.names():
+        if name.startswith(prefix):
+            short = name.removeprefix(prefix)
+            if short == "file_path":
+                texts = example.bytes_list(name)
+                values[short] = texts[0].decode("utf-8", "replace") if texts else ""
+            elif short == "episode_id" or short.startswith("has_"):
+                numbers = example.integers(name)
+                values[short] = numbers[0] if numbers else 0
+    return values
+
+
