@@ -22,7 +22,7 @@ from vlm2vla_client.loop import run_episode
 from vlm2vla_client.moves import Moves
 from vlm2vla_client.policies.base import Policy, Scenario
 from vlm2vla_client.progress import Progress
-from vlm2vla_client.recorder import Recorder
+from vlm2vla_client.recorder import MIN_FREE_BYTES, Recorder
 from vlm2vla_client.robots.base import Robot
 from vlm2vla_client.robots.bridge import BridgeRobot, BridgeSettings
 from vlm2vla_client.robots.widowx import WidowXRobot, WidowXSettings
@@ -44,6 +44,7 @@ class PhysicalRun:
     dry_run: bool = False
     confirm: Confirm | None = None
     verify_deadline_s: float = 60.0
+    min_free_bytes: int = MIN_FREE_BYTES
 
 
 def make_robot(name: str, config: ClientConfig) -> tuple[Robot, str]:
@@ -94,7 +95,7 @@ def run_on_arm(
         robot.connect()
         camera.start()
         progress.started(request.task, f"{name}, speed {request.speed:g}, policy {policy.info().name}")
-        with Recorder(folder) as recorder:
+        with Recorder(folder, min_free_bytes=request.min_free_bytes) as recorder:
             recorder.limits(limits)
             moves = Moves(recorder, progress, robot, camera, limits)
             watch = Watch(policy, camera)
