@@ -385,7 +385,37 @@ def test_a_server_lost_while_streaming_holds_the_arm(folder: Path) -> None:
     lost = errors.ServerUnreachableError("cut", code="stream_cut")
     bench = Bench(folder, Streaming(go_on, lost), ScriptedVerifier([True]), config={"execute": "streamed"})
     assert bench.run().exit_code == 4
-    assert bench.executor.taken == 1 and bench.robot.holds
+    assert bench.executor.taken <= 1 and bench.robot.holds
+
+
+def test_no_row_starts_of_an_answer_that_is_known_to_have_failed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that arrived before the error did are waiting in a queue: they are recorded, and stay there."""
+    failed = threading.Event()
+
+    class Cut(ScriptedPolicy):
+        def cycle(self, frame: Frame, subtask: str, asked: Asked) -> Iterator[CycleEvent]:
+            self.asked_cycles.append((frame.frame_id, subtask))
+            for index, row in enumerate(ROWS):
+                yield RowArrived(index, row, asked.episode_id)
+            failed.set()
+            raise errors.ServerUnreachableError("cut", code="stream_cut")
+
+    policy = Cut(["Lift"], [ROWS])
+
+    def slow_disk(_: Path) -> int:
+        if policy.asked_cycles:
+            assert failed.wait(5.0)
+            time.sleep(0.05)
+        return 1 << 40
+
+    monkeypatch.setattr(recorder, "ROOM_CHECK_S", 0.0)
+    bench = Bench(folder, policy, ScriptedVerifier([True]), config={"execute": "streamed"}, free_bytes=slow_disk)
+    assert bench.run().exit_code == 4
+    assert bench.executor.taken == 0 and bench.robot.holds
+    (dropped,) = bench.recording().of("dropped")
+    assert dropped["row"] == ROWS[0] and "failed" in dropped["reason"]
 
 
 def test_an_answer_that_stalls_is_given_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -241,7 +241,7 @@ class _Episode:
         self, rows: Iterable[Sequence[float]], answer: Answer, start: Callable[[], MotionStart]
     ) -> ChunkResult:
         parts = self.parts
-        with parts.watch.moving():
+        with parts.watch.moving(answer.failed):
             result = parts.executor.run_chunk(rows, answer.context(), start)
         state = parts.robot.state()
         self._record(

@@ -282,6 +282,11 @@ class Recorder:
         self.close()
 
 
+def recorder_in(place: Path | Recorder, min_free_bytes: int) -> Recorder:
+    """A recorder in a folder, or the one that was given."""
+    return place if isinstance(place, Recorder) else Recorder(place, min_free_bytes=min_free_bytes)
+
+
 @dataclass(frozen=True)
 class RecordedEpisode:
     """An episode read back from its folder.

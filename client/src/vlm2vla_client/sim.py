@@ -30,7 +30,7 @@ from vlm2vla_client.policies.random import RandomPolicy
 from vlm2vla_client.policies.server import ServerPolicy
 from vlm2vla_client.policies.swapped import SwappedPolicy
 from vlm2vla_client.progress import Progress
-from vlm2vla_client.recorder import MIN_FREE_BYTES, Recorder, plain
+from vlm2vla_client.recorder import MIN_FREE_BYTES, Recorder, plain, recorder_in
 from vlm2vla_client.robots.twin import TwinClock, TwinRobot
 from vlm2vla_client.safety import Limits
 from vlm2vla_client.scenes import SceneChoice, choose_scene
@@ -244,7 +244,7 @@ def run_parts(
     animation = Animation() if request.animate else None
     progress.started(request.task, f"twin, scene {request.choice.name}, seed {request.choice.seed}, policy {info.name}")
     clock: Clock = bench.clock
-    with _recorder(folder, request.min_free_bytes) as recorder:
+    with recorder_in(folder, request.min_free_bytes) as recorder:
         recorder.limits(bench.limits)
         display = animation.add if animation is not None else None
         moves = Moves(recorder, progress, bench.robot, bench.camera, bench.limits, display)
@@ -271,10 +271,6 @@ def run_parts(
         except OSError as error:  # the episode is over and recorded; only its picture is missing
             progress.note(f"no episode.gif: {error.strerror}")
     return result
-
-
-def _recorder(folder: Path | Recorder, min_free_bytes: int) -> Recorder:
-    return folder if isinstance(folder, Recorder) else Recorder(folder, min_free_bytes=min_free_bytes)
 
 
 def _loop_config(request: SimRequest, limits: Limits) -> LoopConfig:
