@@ -225,7 +225,9 @@ class Soak:
         which = 0 if about.wall else 1
         times = [(what, (wall, clock)[which] - from_s[which]) for what, wall, clock in seen.times]
         line.moving = any(what == "command" and -MOVING_S <= at_s <= 0.0 for what, at_s in times)
-        if line.moving and about.still_after_s is not None:
+        met = self.faults.observed_s is not None or not about.observed
+        went_on = any(what == "command" and at_s > 0.0 for what, at_s in times)  # else it stands
+        if line.moving and met and went_on and about.still_after_s is not None:
             line.last_command_s = round(max(at_s for what, at_s in times if what == "command"), 3)
             holds = [at_s for what, at_s in times if what == "hold" and at_s >= 0.0]
             line.hold_s = round(holds[0], 3) if holds else None
@@ -261,7 +263,7 @@ class Soak:
                    "--realtime", "--json", "--task", line.task, "--seed", str(line.seed), "--record", str(folder)]
         client = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=self.folder)
         try:
-            line.exit_code = client.wait(self.chance.uniform(6.0, 18.0))
+            line.exit_code = client.wait(self.chance.uniform(3.0, 8.0))
             line.problems.append("the client ended before it could be killed")
         except subprocess.TimeoutExpired:
             client.send_signal(signal.SIGKILL)
