@@ -20,7 +20,7 @@ from client_fakes import (
     ScriptedVerifier,
 )
 
-from vlm2vla_client import errors
+from vlm2vla_client import errors, recorder
 from vlm2vla_client.confirm import Edit, Proposal
 from vlm2vla_client.executor import Outcome
 from vlm2vla_client.loop import EpisodeResult, LoopConfig, Parts, run_episode
@@ -54,12 +54,13 @@ class Bench:
     confirm: Any = None
     judge: Any = None
     operator: Operator = field(default_factory=NoOperator)
+    free_bytes: Any = lambda folder: 1 << 40
 
     def run(self) -> EpisodeResult:
         self.clock = FakeClock()
         self.robot, self.camera = FakeRobot(self.clock), FakeCamera(self.clock)
-        recorder, progress = Recorder(self.folder), SilentProgress()
-        moves = Moves(recorder, progress, self.robot, self.camera, LIMITS)
+        tape, progress = Recorder(self.folder, free_bytes=self.free_bytes), SilentProgress()
+        moves = Moves(tape, progress, self.robot, self.camera, LIMITS)
         self.executor = FakeExecutor(self.robot, moves, self.script)
         parts = Parts(
             policy=self.policy,
@@ -70,7 +71,7 @@ class Bench:
             moves=moves,
             watch=Watch(self.policy),
             clock=self.clock,
-            recorder=recorder,
+            recorder=tape,
             progress=progress,
             confirm=self.confirm,
             judge=self.judge,
@@ -79,7 +80,7 @@ class Bench:
         try:
             return run_episode(parts, LoopConfig(task="pick up the carrot", episode_id=EPISODE, **self.config))
         finally:
-            recorder.close()
+            tape.close()
 
     def recording(self) -> RecordedEpisode:
         return read_episode(self.folder)
@@ -387,7 +388,37 @@ def test_a_server_lost_while_streaming_holds_the_arm(folder: Path) -> None:
     lost = errors.ServerUnreachableError("cut", code="stream_cut")
     bench = Bench(folder, Streaming(go_on, lost), ScriptedVerifier([True]), config={"execute": "streamed"})
     assert bench.run().exit_code == 4
-    assert bench.executor.taken == 1 and bench.robot.holds
+    assert bench.executor.taken <= 1 and bench.robot.holds
+
+
+def test_no_row_starts_of_an_answer_that_is_known_to_have_failed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that arrived before the error did are waiting in a queue: they are recorded, and stay there."""
+    failed = threading.Event()
+
+    class Cut(ScriptedPolicy):
+        def cycle(self, frame: Frame, subtask: str, asked: Asked) -> Iterator[CycleEvent]:
+            self.asked_cycles.append((frame.frame_id, subtask))
+            for index, row in enumerate(ROWS):
+                yield RowArrived(index, row, asked.episode_id)
+            failed.set()
+            raise errors.ServerUnreachableError("cut", code="stream_cut")
+
+    policy = Cut(["Lift"], [ROWS])
+
+    def slow_disk(_: Path) -> int:
+        if policy.asked_cycles:
+            assert failed.wait(5.0)
+            time.sleep(0.05)
+        return 1 << 40
+
+    monkeypatch.setattr(recorder, "ROOM_CHECK_S", 0.0)
+    bench = Bench(folder, policy, ScriptedVerifier([True]), config={"execute": "streamed"}, free_bytes=slow_disk)
+    assert bench.run().exit_code == 4
+    assert bench.executor.taken == 0 and bench.robot.holds
+    (dropped,) = bench.recording().of("dropped")
+    assert dropped["row"] == ROWS[0] and "failed" in dropped["reason"]
 
 
 def test_an_answer_that_stalls_is_given_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -427,3 +458,23 @@ def test_the_recording_tells_the_whole_story(folder: Path) -> None:
     assert step["action"] == [0.01, 0.0, -0.02, 0.0, 0.0, 0.0, 1.0] and len(step["state"]) == 7
     assert recording.summary is not None
     assert recording.summary["subtasks"] == SUBTASKS and recording.summary["outcome"] == "verified"
+
+
+@pytest.mark.parametrize("looks", range(1, 12))
+def test_before_the_disk_is_full_the_arm_is_held_and_the_episode_is_closed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, looks: int
+) -> None:
+    """Wherever the floor is reached: from the header to the last verdict."""
+    monkeypatch.setattr(recorder, "ROOM_CHECK_S", 0.0)
+    free = iter([1 << 40] * looks)
+    bench = Bench(folder, ScriptedPolicy(SUBTASKS[:1], [ROWS]), ScriptedVerifier([True]))
+    bench.free_bytes = lambda _: next(free, 1 << 20)
+    result = bench.run()
+    assert (result.exit_code, result.outcome) == (3, "not_completed") and "min_free_disk_mb" in result.message
+    assert any("RecordingStoppedError" in reason for reason in bench.robot.holds)
+    episode = bench.recording()
+    kinds = [event["event"] for event in episode.events]
+    assert kinds[0] == "episode" and kinds[-1] == "end" and not episode.truncated
+    assert episode.of("error")[-1]["type"] == "RecordingStoppedError"
+    assert episode.summary is not None and episode.summary["exit_code"] == 3
+    assert "substep" not in kinds[kinds.index("error") :]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from client_fakes import make_frame
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm2vla_client.errors import RecordingError
+from vlm2vla_client import recorder as recorder_module
+from vlm2vla_client.errors import RecordingError, RecordingStoppedError
 from vlm2vla_client.recorder import Recorder, new_episode_folder, plain, read_episode, write_json_atomic
 from vlm2vla_schema.images import decode_image
 
@@ -195,3 +197,76 @@ def test_text_that_is_no_unicode_is_recorded_and_read_back(tmp_path: Path) -> No
     episode = read_episode(tmp_path / "e")
     assert episode.events[0]["raw_text"] == "lone \ud800 surrogate"
     assert episode.summary == {"message": "\udfff"}
+
+
+def of_free(*answers: int) -> Callable[[Path], int]:
+    """A disk with less and less free; the last answer stays."""
+    left = list(answers)
+    return lambda folder: left.pop(0) if len(left) > 1 else left[0]
+
+
+def test_below_the_floor_only_the_end_of_the_episode_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder_module, "ROOM_CHECK_S", 0.0)
+    recorder = Recorder(tmp_path / "e", min_free_bytes=100 << 20, free_bytes=of_free(200 << 20, 150 << 20, 99 << 20))
+    recorder.event("episode", task="t")
+    with pytest.raises(RecordingStoppedError, match=r"99 MiB are free .* below the 100 MiB .*min_free_disk_mb"):
+        recorder.event("row", index=0)
+    with pytest.raises(RecordingStoppedError):
+        recorder.frame(make_frame(1))
+    for kind in ("hold", "error", "end"):
+        recorder.event(kind, why="the disk")
+    recorder.summary({"exit_code": 3})
+    recorder.close()
+    episode = read_episode(tmp_path / "e")
+    assert [event["event"] for event in episode.events] == ["episode", "row", "hold", "error", "end"]
+    assert episode.summary == {"exit_code": 3} and not episode.truncated
+    assert list((tmp_path / "e" / "frames").iterdir()) == []
+
+
+def test_a_full_disk_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(RecordingError, match="give --record DIR") as caught:
+        Recorder(tmp_path / "e", min_free_bytes=100, free_bytes=of_free(99))
+    assert caught.value.exit_code == 2
+    assert list((tmp_path / "e").iterdir()) == []
+    Recorder(tmp_path / "never looks", min_free_bytes=0, free_bytes=of_free(0)).close()
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from client_fakes import make_frame
+from vlm2vla_client.errors import RecordingStoppedError
+from vlm2vla_client.recorder import Recorder, read_episode
+folder = Path(sys.argv[1])
+recorder = Recorder(folder)
+recorder.event("episode", task="t")
+size = (folder / "events.jsonl").stat().st_size
+resource.setrlimit(resource.RLIMIT_FSIZE, (size + 40, resource.RLIM_INFINITY))
+for attempt in (lambda: recorder.event("row", text="x" * 5000), lambda: recorder.frame(make_frame(1)),
+                lambda: recorder.summary({"exit_code": 3, "text": "x" * 5000})):
+    try:
+        attempt()
+    except RecordingStoppedError as error:
+        print(error)
+recorder.event("end", text="x" * 5000)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+recorder.event("hold", reason="there is room again")
+recorder.close()
+"""
+
+
+def test_a_write_that_fails_leaves_whole_lines_and_whole_files(tmp_path: Path) -> None:
+    """The kernel refuses, half a line in: what stands in the file is what a reader can read."""
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "e")]
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.count("cannot be written: File too large") == 3, done
+    episode = read_episode(tmp_path / "e")
+    assert [event["event"] for event in episode.events] == ["episode", "hold"] and not episode.truncated
+    assert [event["seq"] for event in episode.events] == [0, 1]
+    assert episode.summary is None and list((tmp_path / "e" / "frames").iterdir()) == []
+    assert list((tmp_path / "e").glob("*.part")) == []

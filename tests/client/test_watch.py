@@ -109,3 +109,15 @@ def test_events_after_the_end_are_not_read() -> None:
         raise AssertionError("read on")
 
     assert len(list(Arrivals(talkative(), FakeClock(), 5.0))) == 1
+
+
+def test_an_answer_that_ends_badly_while_its_rows_move_is_a_fault_at_once() -> None:
+    watch = Watch(ScriptedPolicy(["Lift"], [[[0.0, 0.0, 0.0, 1.0]]]))
+    cut = ServerUnreachableError("cut", code="stream_cut")
+    ended: list[ServerUnreachableError] = []
+    with watch.moving(lambda: ended[0] if ended else None):
+        assert watch.fault() is None
+        ended.append(cut)
+        assert watch.fault() == "cut" and watch.error is cut
+    with watch.moving():
+        assert watch.fault() is None

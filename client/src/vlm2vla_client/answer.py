@@ -7,6 +7,7 @@ from typing import Protocol
 
 from vlm2vla_client.arrivals import Arrivals
 from vlm2vla_client.episode import LoopConfig, Parts
+from vlm2vla_client.errors import ClientError
 from vlm2vla_client.policies.base import Answered, PlanArrived, RowArrived, RowDropped
 from vlm2vla_client.safety import SafetyContext
 
@@ -34,6 +35,10 @@ class Answer:
         self.plan: str | None = None
         self._iterator = self._read()
 
+    def failed(self) -> ClientError | None:
+        """The error that ended the answer, as soon as it is known; rows that are being executed must then stop."""
+        return self._arrivals.failed()
+
     def rows(self) -> Iterator[Sequence[float]]:
         """Rows in order. In streamed execution this runs inside the executor, which holds the arm if it raises."""
         return self._iterator
@@ -59,6 +64,9 @@ class Answer:
                 self._record("row", index=event.index, row=event.row, answer_age_s=age_s)
                 progress.row(event.index, event.row)
                 seen += 1
+                if (error := self._arrivals.failed()) is not None:  # no row starts of an answer known to be bad
+                    self._record("dropped", reason="the answer failed after this row", row=event.row)
+                    raise error
                 if self._take(event.row, event.episode_id, age_s):
                     yield event.row
                 else:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from vlm2vla_client.clock import Clock
-from vlm2vla_client.errors import ServerUnreachableError
+from vlm2vla_client.errors import ClientError, ServerUnreachableError
 from vlm2vla_client.policies.base import Answered, CycleEvent
 
 GRACE_S = 3.0
@@ -41,6 +41,7 @@ class Arrivals:
         self._ends_s = time.monotonic() + deadline_s + GRACE_S
         self._queue: queue.SimpleQueue[tuple[CycleEvent, float] | BaseException] = queue.SimpleQueue()
         self._given_up = threading.Event()
+        self._failed: ClientError | None = None
         threading.Thread(target=self._read, name="answer", daemon=True).start()
 
     def _read(self) -> None:
@@ -50,8 +51,9 @@ class Arrivals:
                 if self._given_up.is_set() or isinstance(event, Answered):
                     break
             else:
-                self._queue.put(ServerUnreachableError("the answer ended before it was complete", code="stream_cut"))
+                raise ServerUnreachableError("the answer ended before it was complete", code="stream_cut")
         except BaseException as error:  # handed to the thread that asked, whatever it is
+            self._failed = error if isinstance(error, ClientError) else None
             self._queue.put(error)
         finally:
             close = getattr(self._events, "close", None)
@@ -85,6 +87,10 @@ class Arrivals:
                     raise ServerUnreachableError(
                         f"no complete answer within {self._deadline_s + GRACE_S:g} s", code="timeout"
                     ) from None
+
+    def failed(self) -> ClientError | None:
+        """How the answer ended badly, known before the rows that arrived until then are taken. Returns at once."""
+        return self._failed
 
     def give_up(self) -> None:
         """Nobody waits for this answer any more; the thread ends at its next event or timeout."""

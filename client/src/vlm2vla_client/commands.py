@@ -21,7 +21,7 @@ from vlm2vla_client.commissioning import is_commissioned, restrain
 from vlm2vla_client.config import PHYSICAL_ROBOTS, ClientConfig, check_server_url, load_config, split_verifiers
 from vlm2vla_client.confirm import confirm_on_terminal
 from vlm2vla_client.episode import EpisodeResult
-from vlm2vla_client.errors import ConfigurationError, NotBuiltError, ProtocolMismatchError
+from vlm2vla_client.errors import ConfigurationError, NotBuiltError, ProtocolMismatchError, RecordingError
 from vlm2vla_client.http import ServerConnection
 from vlm2vla_client.operator_keys import operator_of_run
 from vlm2vla_client.pictures import read_picture
@@ -152,6 +152,7 @@ def _run_on_arm(
             confirm=confirm_on_terminal if confirm else None,
             operator=operator,
             verify_deadline_s=MEMBER_DEADLINE_S * len(verifiers),
+            min_free_bytes=config.min_free_disk_mb << 20,
         )
         seen = open_camera(eye, SystemClock())
         return _recorded(
@@ -193,6 +194,7 @@ def _run_in_twin(
         outside=outside,
         camera=None if eye is None else open_camera(eye, SystemClock()),
         camera_name="twin" if eye is None else eye.name,
+        min_free_bytes=config.min_free_disk_mb << 20,
     )
     try:
         return _recorded(arguments, lambda folder, progress: run_in_twin(request, folder, progress))
@@ -221,7 +223,11 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def _report(as_json: bool, result: EpisodeResult, folder: Path, **more: Any) -> None:
-    page = write_view(folder)
+    page: Path | None = None
+    try:
+        page = write_view(folder)
+    except RecordingError as error:  # the episode has its own exit code
+        print(f"no view.html: {error}", file=sys.stderr)
     if as_json:
         animation = folder / "episode.gif"
         paths = {"folder": folder, "view": page, "animation": animation if animation.is_file() else None}

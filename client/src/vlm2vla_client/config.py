@@ -4,6 +4,7 @@
     robot = "widowx"
     camera = "realsense"
     verifier = "gemini"
+    min_free_disk_mb = 512    # less than this free: an episode ends, the arm held
 
     [gemini]              # see verifiers/gemini_settings.py
     model = "gemini-2.5-pro"
@@ -30,6 +31,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vlm2vla_client.errors import ConfigurationError
+from vlm2vla_client.recorder import MIN_FREE_BYTES
 from vlm2vla_client.safety import Limits
 from vlm2vla_client.verifiers.gemini_settings import GeminiSettings, Price
 from vlm2vla_twin.kinematics import MAX_JOINT_SPEED_RAD_S
@@ -64,6 +66,7 @@ class ClientFile(BaseModel):
     Attributes:
         model: adapter to ask, or ``base``; None for the server's default.
         verifier: one name, or a chain of them joined by commas.
+        min_free_disk_mb: MiB that recordings leave free on their disk; 0 never looks.
         limits: overrides of the safety limits, by the names of ``Limits``; ``limits.toml`` beside it adds to them.
         home: where ``vlm2vla-client home`` goes, metres in the base frame.
         widowx, bridge: how that arm's driver is reached; checked by the robot that is used.
@@ -77,6 +80,7 @@ class ClientFile(BaseModel):
     robot: str = "widowx"
     camera: str = "realsense"
     verifier: str = "gemini"
+    min_free_disk_mb: int = Field(default=MIN_FREE_BYTES >> 20, ge=0)
     limits: dict[str, Any] = Field(default_factory=dict)
     gemini: GeminiSettings = Field(default_factory=GeminiSettings)
     home: HomePose = Field(default_factory=HomePose)

@@ -69,6 +69,10 @@ class RecordingError(ConfigurationError):
     """An episode folder cannot be written or read."""
 
 
+class RecordingStoppedError(NotCompletedError):
+    """Too little room is left for the recording, or it cannot be written: an arm does not move unrecorded."""
+
+
 class PolicyError(ServerError):
     """The policy gave no usable answer.
 

@@ -26,6 +26,7 @@ from vlm2vla_client.errors import (
     ClientError,
     NotCompletedError,
     PolicyError,
+    RecordingStoppedError,
     SafetyStop,
     ServerBusyError,
     VerifierError,
@@ -75,13 +76,13 @@ class _Episode:
     # --- the whole episode ----------------------------------------------------------------------------------------
 
     def run(self) -> EpisodeResult:
-        self._write_header()
         parts = self.parts
         if isinstance(parts.verifier, ChainVerifier):
             parts.verifier.on_failure(self._verifier_failed)
             recorder = parts.recorder
             parts.verifier.note_in(Notes(self._record, lambda frame: recorder.path_of(recorder.frame(frame))))
         try:
+            self._write_header()
             self._all_subtasks()
         except KeyboardInterrupt:
             return self._fault(KeyboardInterrupt("stopped by the operator"), 130)
@@ -247,7 +248,7 @@ class _Episode:
         self, rows: Iterable[Sequence[float]], answer: Answer, start: Callable[[], MotionStart]
     ) -> ChunkResult:
         parts = self.parts
-        with parts.operator.moving(), parts.watch.moving():
+        with parts.operator.moving(), parts.watch.moving(answer.failed):
             result = parts.executor.run_chunk(rows, answer.context(), start)
         state = parts.robot.state()
         self._record(
@@ -409,7 +410,10 @@ class _Episode:
             physics=physics,
         )
         self._record("end", outcome=outcome, exit_code=exit_code, message=message)
-        parts.recorder.summary({"episode_id": self.config.episode_id, "task": self.config.task, **vars(result)})
+        try:
+            parts.recorder.summary({"episode_id": self.config.episode_id, "task": self.config.task, **vars(result)})
+        except RecordingStoppedError as error:  # the arm is at rest, and the result is known all the same
+            parts.progress.note(str(error))
         parts.progress.finished(exit_code == 0, message)
         return result
 

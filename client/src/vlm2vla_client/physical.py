@@ -23,7 +23,7 @@ from vlm2vla_client.moves import Moves
 from vlm2vla_client.operator_keys import NoOperator, Operator
 from vlm2vla_client.policies.base import Policy, Scenario
 from vlm2vla_client.progress import Progress
-from vlm2vla_client.recorder import Recorder
+from vlm2vla_client.recorder import MIN_FREE_BYTES, Recorder, recorder_in
 from vlm2vla_client.robots.base import Robot
 from vlm2vla_client.robots.bridge import BridgeRobot, BridgeSettings
 from vlm2vla_client.robots.widowx import WidowXRobot, WidowXSettings
@@ -46,6 +46,7 @@ class PhysicalRun:
     confirm: Confirm | None = None
     operator: Operator = field(default_factory=NoOperator)
     verify_deadline_s: float = 60.0
+    min_free_bytes: int = MIN_FREE_BYTES
 
 
 def make_robot(name: str, config: ClientConfig) -> tuple[Robot, str]:
@@ -81,11 +82,14 @@ def run_on_arm(
     policy: Policy,
     verifier: Verifier,
     limits: Limits,
-    folder: Path,
+    folder: Path | Recorder,
     progress: Progress,
     clock: Clock | None = None,
 ) -> EpisodeResult:
     """Connects, runs and records one episode; blocks until it ends. The arm holds afterwards, whatever happened.
+
+    Args:
+        folder: a new folder for the recording, or a recorder of one's own.
 
     Raises:
         ClientError: before anything moved (no driver, no camera, no server). Later faults end in the result.
@@ -96,7 +100,7 @@ def run_on_arm(
         robot.connect()
         camera.start()
         progress.started(request.task, f"{name}, speed {request.speed:g}, policy {policy.info().name}")
-        with Recorder(folder) as recorder:
+        with recorder_in(folder, request.min_free_bytes) as recorder:
             recorder.limits(limits)
             moves = Moves(recorder, progress, robot, camera, limits)
             watch = Watch(policy, camera)

@@ -1,11 +1,15 @@
 """One folder an episode: everything needed to read, replay and learn from it.
 
 ``events.jsonl``   append-only, one JSON object a line, flushed line by line: ``seq``, ``t_s`` (monotonic clock of this
-                   process, seconds), ``event`` and the event's own fields. A crash loses at most the last line.
+                   process, seconds), ``event`` and the event's own fields. A crash loses at most the last line; a write
+                   that fails leaves none of itself behind.
 ``frames/NNNNNN.jpg``  the pictures, exactly as the policy was shown them; events name them by number.
 ``limits.json``    the safety limits in force.
 ``summary.json``   written once, at the end, atomically; absent after a crash.
 ``episode.gif``, ``view.html``  for people; made from the above.
+
+The disk is never filled: below ``min_free_bytes`` of free space the episode ends with RecordingStoppedError, the arm
+held, and what room is left takes its last events and its summary.
 
 Events: ``episode`` (first line: task, config, policy), ``request``, ``subtasks``, ``plan``, ``row``, ``answer`` (with
 raw text), ``dropped``, ``step`` (a row about to move: its frame, the arm's state [x y z roll pitch yaw gripper] and the
@@ -15,14 +19,16 @@ action [dx dy dz droll dpitch dyaw gripper]), ``decision``, ``substep``, ``chunk
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import re
+import shutil
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import Enum
@@ -32,13 +38,18 @@ from typing import Any
 
 import numpy as np
 
-from vlm2vla_client.errors import RecordingError
+from vlm2vla_client.errors import RecordingError, RecordingStoppedError
 from vlm2vla_schema.images import encode_jpeg
 from vlm2vla_schema.types import Frame
 
 FORMAT = 1
 MAX_LINE_BYTES = 4 << 20
 MAX_REMEMBERED_FRAMES = 64
+MIN_FREE_BYTES = 512 << 20
+ROOM_CHECK_S = 0.5
+ROOM_CHECK_BYTES = 16 << 20
+CLOSING_EVENTS = frozenset({"fault", "hold", "error", "end"})
+"""How an episode ends: written for as long as there is any room at all, and never a reason to stop again."""
 UNPAIRED = "backslashreplace"  # a lone surrogate in somebody's text becomes its JSON escape instead of an error
 
 
@@ -97,14 +108,32 @@ def new_episode_folder(parent: Path, task: str) -> Path:
 class Recorder:
     """Writes one episode; safe to call from several threads; never blocks longer than the disk does.
 
+    Args:
+        folder: a new one.
+        min_free_bytes: free space below which nothing is recorded but the episode's end; 0 never looks.
+        free_bytes: how much is free where a folder lies.
+
     Attributes:
         keeps_frames: False in recorders that drop pictures, so that nobody takes one in vain.
+
+    Raises:
+        RecordingError: the folder cannot be written, or too little is free to begin with.
     """
 
     keeps_frames = True
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        min_free_bytes: int = MIN_FREE_BYTES,
+        free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
+    ) -> None:
         self.folder = folder
+        self._min_free_bytes, self._free_bytes = min_free_bytes, free_bytes
+        self._looked_s = float("-inf")
+        self._since_look = 0
+        self._full: str | None = None
         self._frames = folder / "frames"
         self._lock = threading.Lock()
         self._seq = 0
@@ -112,56 +141,136 @@ class Recorder:
         self._frame_numbers: dict[str, int] = {}
         try:
             self._frames.mkdir(parents=True, exist_ok=True)
-            self._file = (folder / "events.jsonl").open("xb")
+            # Unbuffered: a line that does not fit must not wait in a buffer to be written after the next one.
+            self._file = (folder / "events.jsonl").open("xb", buffering=0)
         except OSError as error:
             raise RecordingError(f"cannot record into {folder}: {error}; give --record DIR") from None
+        if (problem := self._look()) is not None:
+            self._file.close()
+            (folder / "events.jsonl").unlink()
+            self._frames.rmdir()
+            raise RecordingError(problem)
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Appends one event and flushes it; ignored once the recorder is closed."""
+        """Appends one event; ignored once the recorder is closed.
+
+        Raises:
+            RecordingStoppedError: it could not be written, or too little room is left to go on. Not for the events of
+                an episode's end: one that does not fit is missing.
+        """
         with self._lock:
             if self._file.closed:
                 return
             line = {"seq": self._seq, "t_s": round(time.monotonic(), 6), "event": kind}
             line.update(plain(fields))
-            self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode("utf-8", UNPAIRED) + b"\n")
-            self._file.flush()
-            self._seq += 1
+            data = json.dumps(line, ensure_ascii=False, allow_nan=False).encode("utf-8", UNPAIRED) + b"\n"
+            problem = self._append(data)
+            self._seq += problem is None
+            problem = problem or self._look()
+        if problem is not None and kind not in CLOSING_EVENTS:
+            raise RecordingStoppedError(problem)
+
+    def _append(self, data: bytes) -> str | None:
+        """One whole line, or nothing of it and why: half a line would spoil the lines after it."""
+        whole = self._file.tell()
+        self._since_look += len(data)
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[self._file.write(left) or 0 :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(whole)
+                self._file.seek(whole)
+            return f"the recording in {self.folder} cannot be written: {error.strerror}: make room or give --record"
+        return None
+
+    def _look(self) -> str | None:
+        """Why nothing more may be recorded, or None. Looks at the disk every half second, or every 16 MB."""
+        due = time.monotonic() - self._looked_s >= ROOM_CHECK_S or self._since_look >= ROOM_CHECK_BYTES
+        if self._full is None and self._min_free_bytes > 0 and due:
+            self._looked_s, self._since_look = time.monotonic(), 0
+            try:
+                free = self._free_bytes(self.folder)
+            except OSError as error:
+                return f"the free space of {self.folder} cannot be read: {error.strerror}; give --record DIR"
+            if free < self._min_free_bytes:
+                least = self._min_free_bytes / 2**20
+                self._full = (
+                    f"{free / 2**20:.0f} MiB are free in {self.folder}, below the {least:.0f} MiB "
+                    "that stay free (min_free_disk_mb in client.toml): make room, or give --record DIR"
+                )
+        return self._full
 
     def frame(self, frame: Frame) -> int:
-        """Stores a frame as JPEG and returns its number; the same ``frame_id`` is stored once."""
+        """Stores a frame as JPEG and returns its number; the same ``frame_id`` is stored once.
+
+        Raises:
+            RecordingStoppedError: it could not be written, or too little room is left.
+        """
         with self._lock:
             known = self._frame_numbers.get(frame.frame_id)
             if known is not None:
                 return known
             number = self._frame_count
-            path = self.path_of(number)
-            temporary = path.with_suffix(".part")
-            temporary.write_bytes(encode_jpeg(frame.image))
-            os.replace(temporary, path)
+            data = encode_jpeg(frame.image)
+            self._since_look += len(data)
+            problem = self._look() or self._store(self.path_of(number), data)
+            if problem is not None:
+                raise RecordingStoppedError(problem)
             self._frame_count += 1
             self._frame_numbers[frame.frame_id] = number
             while len(self._frame_numbers) > MAX_REMEMBERED_FRAMES:
                 self._frame_numbers.pop(next(iter(self._frame_numbers)))
             return number
 
+    def _store(self, path: Path, data: bytes) -> str | None:
+        """The file, whole or absent, and why it is absent."""
+        temporary = path.with_suffix(".part")
+        try:
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            return f"{path} cannot be written: {error.strerror}; make room, or give --record DIR"
+        return None
+
     def path_of(self, number: int) -> Path:
         """The file of frame ``number``."""
         return self._frames / f"{number:06d}.jpg"
 
     def limits(self, limits: Any) -> None:
-        """Writes ``limits.json``."""
-        write_json_atomic(self.folder / "limits.json", limits)
+        """Writes ``limits.json``. Raises RecordingStoppedError when it cannot."""
+        self._whole("limits.json", limits)
 
     def summary(self, summary: Any) -> None:
-        """Writes ``summary.json`` (atomic: it is whole or absent)."""
-        write_json_atomic(self.folder / "summary.json", summary)
+        """Writes ``summary.json`` (atomic: it is whole or absent). Raises RecordingStoppedError when it cannot."""
+        self._whole("summary.json", summary)
+
+    def _whole(self, name: str, value: Any) -> None:
+        path = self.folder / name
+        try:
+            write_json_atomic(path, value)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                path.with_name(name + ".part").unlink(missing_ok=True)
+            raise RecordingStoppedError(f"{path} cannot be written: {error.strerror}; make room") from None
 
     def close(self) -> None:
-        """Syncs and closes ``events.jsonl``; may be called twice."""
+        """Syncs and closes ``events.jsonl``; may be called twice.
+
+        Raises:
+            RecordingStoppedError: the disk did not take what was written.
+        """
         with self._lock:
-            if not self._file.closed:
-                self._file.flush()
+            if self._file.closed:
+                return
+            try:
                 os.fsync(self._file.fileno())
+            except OSError as error:
+                raise RecordingStoppedError(f"{self.folder} was not kept whole: {error.strerror}") from None
+            finally:
                 self._file.close()
 
     def __enter__(self) -> Recorder:
@@ -171,6 +280,11 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def recorder_in(place: Path | Recorder, min_free_bytes: int) -> Recorder:
+    """A recorder in a folder, or the one that was given."""
+    return place if isinstance(place, Recorder) else Recorder(place, min_free_bytes=min_free_bytes)
 
 
 @dataclass(frozen=True)

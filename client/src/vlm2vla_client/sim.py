@@ -31,7 +31,7 @@ from vlm2vla_client.policies.random import RandomPolicy
 from vlm2vla_client.policies.server import ServerPolicy
 from vlm2vla_client.policies.swapped import SwappedPolicy
 from vlm2vla_client.progress import Progress
-from vlm2vla_client.recorder import Recorder, plain
+from vlm2vla_client.recorder import MIN_FREE_BYTES, Recorder, plain, recorder_in
 from vlm2vla_client.robots.twin import TwinClock, TwinRobot
 from vlm2vla_client.safety import Limits
 from vlm2vla_client.scenes import SceneChoice, choose_scene
@@ -68,6 +68,7 @@ class SimRequest:
         operator: whose keys hold the arm.
         outside: verifiers that the caller made and closes (``verifiers.outside``), by name.
         camera: a real one or a recording, dated by the system's clock, in place of the twin's; its name beside it.
+        min_free_bytes: what the recording leaves free on its disk.
     """
 
     task: str
@@ -89,6 +90,7 @@ class SimRequest:
     outside: Mapping[str, Verifier] = field(default_factory=dict)
     camera: Camera | None = None
     camera_name: str = "twin"
+    min_free_bytes: int = MIN_FREE_BYTES
 
 
 @dataclass
@@ -245,7 +247,7 @@ def run_parts(
     animation = Animation() if request.animate else None
     progress.started(request.task, f"twin, scene {request.choice.name}, seed {request.choice.seed}, policy {info.name}")
     clock: Clock = bench.clock
-    with folder if isinstance(folder, Recorder) else Recorder(folder) as recorder:
+    with recorder_in(folder, request.min_free_bytes) as recorder:
         recorder.limits(bench.limits)
         display = animation.add if animation is not None else None
         moves = Moves(recorder, progress, bench.robot, bench.camera, bench.limits, display)
@@ -269,7 +271,10 @@ def run_parts(
         )
         result = run_episode(parts, _loop_config(request, bench.limits))
     if animation is not None:
-        animation.save(recorder.folder / "episode.gif")
+        try:
+            animation.save(recorder.folder / "episode.gif")
+        except OSError as error:  # the episode is over and recorded; only its picture is missing
+            progress.note(f"no episode.gif: {error.strerror}")
     return result
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from vlm2vla_client.errors import RecordingError
 from vlm2vla_client.path_plot import path_svg
 from vlm2vla_client.recorder import RecordedEpisode, read_episode
 
@@ -198,9 +199,12 @@ def write_view(folder: Path, target: Path | None = None) -> Path:
     """Writes ``view.html`` into the episode's folder (or ``target``) and returns its path.
 
     Raises:
-        RecordingError: the folder is not an episode.
+        RecordingError: the folder is not an episode, or the page cannot be written.
     """
     page = render(read_episode(folder))
     path = target or folder / "view.html"
-    path.write_text(page, encoding="utf-8", errors="replace")
+    try:
+        path.write_text(page, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise RecordingError(f"{path} cannot be written: {error.strerror}; give --out FILE") from None
     return path

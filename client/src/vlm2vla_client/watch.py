@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from vlm2vla_client.cameras.base import Camera
 from vlm2vla_client.errors import CameraError, ClientError, ServerUnreachableError
@@ -34,6 +34,7 @@ class Watch:
         self._active = False
         self._camera_error: CameraError | None = None
         self._error: ClientError | None = None
+        self._failed: Callable[[], ClientError | None] | None = None
 
     @property
     def error(self) -> ClientError | None:
@@ -51,6 +52,8 @@ class Watch:
             )
         elif self._camera_error is not None:
             self._error = self._camera_error
+        elif self._failed is not None and (failure := self._failed()) is not None:
+            self._error = failure
         return None if self._error is None else str(self._error)
 
     def check(self) -> None:
@@ -63,11 +66,15 @@ class Watch:
             raise self._error
 
     @contextlib.contextmanager
-    def moving(self) -> Iterator[None]:
-        """Polls while the block runs."""
+    def moving(self, failed: Callable[[], ClientError | None] | None = None) -> Iterator[None]:
+        """Polls while the block runs.
+
+        Args:
+            failed: says at once whether the answer that is being executed has ended badly.
+        """
         stop = threading.Event()
         self._alive_s = time.monotonic()
-        self._error, self._camera_error = None, None
+        self._error, self._camera_error, self._failed = None, None, failed
         thread = threading.Thread(target=self._poll, args=(stop,), name="watch", daemon=True)
         self._active = True
         thread.start()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm2vla_client.episode import EpisodeResult
-from vlm2vla_client.errors import ServerError
+from vlm2vla_client.errors import RecordingStoppedError, ServerError
 from vlm2vla_client.evaluation.options import EvalOptions
 from vlm2vla_client.evaluation.trials import Trial
 from vlm2vla_client.http import ServerConnection
@@ -124,9 +124,11 @@ def run_trial(
 def _refuse_interruption(result: EpisodeResult, events: Sequence[Mapping[str, Any]]) -> None:
     if result.outcome == "interrupted":
         raise KeyboardInterrupt
+    last: Mapping[str, Any] = next((event for event in reversed(events) if event["event"] == "error"), {})
+    if last.get("type") == RecordingStoppedError.__name__:
+        raise RecordingStoppedError(result.message)
     if result.outcome != "server":
         return
-    last: Mapping[str, Any] = next((event for event in reversed(events) if event["event"] == "error"), {})
     if last.get("type") not in _POLICY_FAULTS:
         raise ServerFailedError(f"{last.get('type', 'server error')}: {result.message}")
 

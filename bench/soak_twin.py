@@ -1,0 +1,389 @@
+"""Episodes in the twin for minutes or hours, with a fault about every minute: does the client ever do harm?
+
+Run by hand (`scripts/soak twin --minutes 60`). The client is assembled as for a physical arm, with the twin's arm and
+camera in their place, in real time; the policy is the scripted expert behind a real HTTP server. Each fault strikes at
+a random moment of its episode. Times to hold are judged against contracts.md, plus what a thread that only sleeps was
+woken late by in the same moments: both are in the result. A monitor between client and arm checks every command by
+itself (soak_twin_monitor.py); after each episode threads, file descriptors, memory and the recording are looked at.
+Prints a table by kind of fault, writes one JSON file. Exit code 1, and `problems`, when something did not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from soak import BIN, ROOT, machine, open_files, resident_mb
+from soak_twin_faults import (
+    KINDS,
+    DrivenCamera,
+    Faults,
+    FaultyRobot,
+    FaultyVerifier,
+    Lateness,
+    full_disk,
+    press_ctrl_c,
+    roomy_disk,
+)
+from soak_twin_monitor import MonitoredRobot, Seen
+from soak_twin_server import PolicyServer
+
+from vlm2vla_client.errors import RecordingError
+from vlm2vla_client.http import ServerConnection
+from vlm2vla_client.physical import PhysicalRun, run_on_arm
+from vlm2vla_client.policies.server import ServerPolicy
+from vlm2vla_client.progress import SilentProgress
+from vlm2vla_client.recorder import MIN_FREE_BYTES, RecordedEpisode, Recorder, read_episode
+from vlm2vla_client.robots.twin import TwinClock, TwinRobot
+from vlm2vla_client.scenes import choose_scene
+from vlm2vla_client.sim import sim_limits
+from vlm2vla_client.verifiers.chain import ChainVerifier
+from vlm2vla_twin.expert import Expert
+from vlm2vla_twin.physics import World
+
+FIRST_SEED = 700_000
+TASKS = ("pick up the carrot", "put the carrot on the yellow plate")
+MAX_ANSWER_AGE_S = 4.0
+LATE_S = 5.0
+LATEST_STRIKE_S = 15.0
+WARM_UP_EPISODES = 5
+MAX_GROWTH_MB = 40.0
+MAX_MORE_FILES = 3
+THREADS_END_S = 10.0
+LASTING_THREADS = ("server",)
+STARVED_S = 0.2
+STARVED_EXITS = (4, 6, 7)
+"""A computer that is so late may itself be the fault: a camera, an arm or a server then looks silent, rightly."""
+JUST_ENDED_S = 4.0
+"""A fault so near to the end of its episode may come too late for anyone to meet it."""
+MOVING_S = 0.15
+"""The arm is moving at a moment that a command precedes by no more than this."""
+
+
+@dataclass
+class Line:
+    """One episode, and what was wrong with it."""
+
+    seed: int
+    task: str
+    execute: str
+    fault: str | None = None
+    exit_code: int | None = None
+    message: str = ""
+    seconds: float = 0.0
+    commands: int = 0
+    moving: bool = False
+    last_command_s: float | None = None
+    hold_s: float | None = None
+    lateness_s: float = 0.0
+    hold_lateness_s: float = 0.0
+    memory_mb: float = 0.0
+    files: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+class Strike(threading.Thread):
+    """Injects a fault after a while, unless the episode has ended before."""
+
+    def __init__(self, soak: Soak, kind: str, after_s: float, folder: Path) -> None:
+        super().__init__(name="strike", daemon=True)
+        self._soak, self._kind, self._after_s, self._folder = soak, kind, after_s, folder
+        self._over = threading.Event()
+        self._lock = threading.Lock()
+
+    def run(self) -> None:
+        while not (self._folder / "events.jsonl").stat().st_size:  # until its first event it is no episode
+            if self._over.wait(0.01):
+                return
+        if self._over.wait(self._after_s):
+            return
+        if self._kind == "server killed":
+            self._soak.server.kill()
+        with self._lock:  # an episode that has just ended must not be interrupted any more
+            if self._over.is_set():
+                return
+            if self._kind == "disk full":
+                full_disk(self._folder / "events.jsonl")
+            self._soak.faults.inject(self._kind)
+            if self._kind == "operator's Ctrl-C":
+                press_ctrl_c()
+
+    def cancel(self) -> None:
+        self._over.set()
+        with self._lock:
+            pass
+        self.join()
+
+
+class Soak:
+    """The parts that outlive an episode."""
+
+    def __init__(self, folder: Path, chance: random.Random) -> None:
+        self.folder, self.chance = folder, chance
+        self.faults = Faults()
+        self.server = PolicyServer(self.faults, LATE_S)
+        self.lateness = Lateness()
+        self.lateness.start()
+        self.deck: list[str] = []
+
+    def next_kind(self) -> str:
+        """Every kind before any comes again."""
+        if not self.deck:
+            self.deck = self.chance.sample(sorted(KINDS), len(KINDS))
+        return self.deck.pop()
+
+    def episode(self, seed: int, kind: str | None) -> Line:
+        """One episode to its end, with its fault, and everything that can be checked afterwards."""
+        line = Line(seed, self.chance.choice(TASKS), self.chance.choice(("whole", "streamed")))
+        folder, threads = self.folder / f"{seed}", set(threading.enumerate())
+        began_s = time.monotonic()
+        if kind == "client killed":
+            line.fault = kind
+            self._killed(line, folder)
+        else:
+            self._run(line, kind, folder)
+        line.seconds = round(time.monotonic() - began_s, 1)
+        self._look_for_threads(line, threads)
+        line.memory_mb, line.files = round(resident_mb(os.getpid()), 1), open_files(os.getpid())
+        if not line.problems:
+            shutil.rmtree(folder, ignore_errors=True)
+        return line
+
+    def _run(self, line: Line, kind: str | None, folder: Path) -> None:
+        chance, speed = self.chance, self.chance.choice((1.0, 0.5))
+        choice = choose_scene(line.task, None, line.seed)
+        world = World(choice.spec)
+        clock = TwinClock(world, realtime=True)
+        self.faults.begin(clock.now_s)
+        self.server.expert, self.server.chance = Expert(world), random.Random(line.seed)
+        robot = MonitoredRobot(FaultyRobot(TwinRobot(world, clock), self.faults), self.faults, speed)
+        camera = DrivenCamera(world, clock, self.faults)
+        verifier = ChainVerifier([FaultyVerifier(world, camera.truth, self.faults)])
+        connection = ServerConnection(self.server.url)
+        strike = Strike(self, kind, chance.uniform(0.0, LATEST_STRIKE_S), folder) if kind is not None else None
+        request = PhysicalRun(
+            line.task, choice.scenario, line.seed, "streamed" if line.execute == "streamed" else "whole", speed,
+            max_cycles=12,
+        )  # fmt: skip
+        recorder = Recorder(folder, free_bytes=self._free_bytes)
+        limits = sim_limits({"max_answer_age_s": MAX_ANSWER_AGE_S})
+        began_s = time.monotonic()
+        try:
+            if strike is not None:
+                strike.start()
+            result = run_on_arm(
+                request, robot, camera, ServerPolicy(connection), verifier, limits, recorder, SilentProgress(), clock
+            )
+            line.exit_code, line.message = result.exit_code, result.message
+        except KeyboardInterrupt:  # in the moment after its last event
+            line.exit_code = 130
+        finally:
+            if strike is not None:
+                strike.cancel()
+            ended = self.faults.now()
+            roomy_disk()
+            connection.close()
+            recorder.close()
+        line.fault = kind if self.faults.injected_s is not None else None
+        line.lateness_s = round(self.lateness.worst_s(began_s, ended[0]), 3)
+        self._judge(line, robot.seen, ended)
+        self._read(line, folder)
+        self.faults.clear()
+        self.server.hang_up()
+        self.server.start()
+
+    def _free_bytes(self, folder: Path) -> int:
+        return (MIN_FREE_BYTES >> 1) if self.faults.meets("disk below the floor") else shutil.disk_usage(folder).free
+
+    def _judge(self, line: Line, seen: Seen, ended: tuple[float, float]) -> None:
+        """What the monitor saw, the exit code, and how long the arm took to stand."""
+        line.commands = seen.commands
+        line.problems += seen.complaints
+        if not seen.held:
+            line.problems.append("the arm was not held at the end")
+        if line.fault is None:
+            starved = line.lateness_s > STARVED_S and line.exit_code in STARVED_EXITS
+            if line.exit_code not in (0, 3) and not starved:
+                line.problems.append(f"exit code {line.exit_code} without a fault")
+            return
+        about, from_s = KINDS[line.fault], self.faults.from_s or self.faults.injected_s
+        assert from_s is not None
+        which = 0 if about.wall else 1
+        times = [(what, (wall, clock)[which] - from_s[which]) for what, wall, clock in seen.times]
+        line.moving = any(what == "command" and -MOVING_S <= at_s <= 0.0 for what, at_s in times)
+        met = self.faults.observed_s is not None or not about.observed
+        went_on = any(what == "command" and at_s > 0.0 for what, at_s in times)  # else it stands
+        if line.moving and met and went_on and about.still_after_s is not None:
+            line.last_command_s = round(max(at_s for what, at_s in times if what == "command"), 3)
+            holds = [at_s for what, at_s in times if what == "hold" and at_s >= 0.0]
+            line.hold_s = round(holds[0], 3) if holds else None
+            late_s = self.lateness.worst_s(from_s[0], from_s[0] + (line.hold_s or 0.0))
+            line.hold_lateness_s = round(late_s, 3)
+            if line.hold_s is None or line.hold_s > about.still_after_s + late_s:
+                line.problems.append(f"held {line.hold_s} s after {line.fault} (limit {about.still_after_s} s)")
+        for wall_s, after_s in seen.late:
+            if after_s > (about.still_after_s or 0.0) + self.lateness.worst_s(from_s[0], wall_s):
+                line.problems.append(f"a command {after_s:.2f} s after {line.fault} (limit {about.still_after_s} s)")
+        unmet = ended[0] - self._injected_wall_s() < JUST_ENDED_S
+        starved = line.lateness_s > STARVED_S and line.exit_code in STARVED_EXITS
+        if line.exit_code not in about.exits and not (unmet and line.exit_code == 0) and not starved:
+            line.problems.append(f"exit code {line.exit_code} after {line.fault}, expected {about.exits}")
+
+    def _injected_wall_s(self) -> float:
+        assert self.faults.injected_s is not None
+        return self.faults.injected_s[0]
+
+    def _read(self, line: Line, folder: Path) -> None:
+        """The recording can be read, is whole, and nothing moved after its fault."""
+        try:
+            episode = read_episode(folder)
+        except RecordingError as error:
+            line.problems.append(f"the recording: {error}")
+            return
+        may_lack = line.fault is not None and not KINDS[line.fault].ends
+        line.problems += problems_of(episode, may_lack)
+
+    def _killed(self, line: Line, folder: Path) -> None:
+        """A client of its own, ended as by `kill -9`."""
+        command = [str(BIN / "vlm2vla-client"), "run", "--sim", "--policy", "expert", "--verifier", "twin",
+                   "--realtime", "--json", "--task", line.task, "--seed", str(line.seed), "--record", str(folder)]
+        client = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=self.folder)
+        try:
+            line.exit_code = client.wait(self.chance.uniform(3.0, 8.0))
+            line.problems.append("the client ended before it could be killed")
+        except subprocess.TimeoutExpired:
+            client.send_signal(signal.SIGKILL)
+            line.exit_code = client.wait(10.0)
+        for recorded in folder.glob("*/events.jsonl"):
+            self._read(line, recorded.parent)
+
+    @staticmethod
+    def _look_for_threads(line: Line, before: set[threading.Thread]) -> None:
+        ends_s = time.monotonic() + THREADS_END_S
+        while left := [one.name for one in set(threading.enumerate()) - before if one.name not in LASTING_THREADS]:
+            if time.monotonic() > ends_s:
+                line.problems.append(f"threads left: {', '.join(sorted(left))}")
+                return
+            time.sleep(0.05)
+
+
+def problems_of(episode: RecordedEpisode, may_lack_end: bool) -> list[str]:
+    """What is wrong with a recording, as a reader sees it."""
+    found, kinds = [], [str(event["event"]) for event in episode.events]
+    if not may_lack_end and (kinds[-1:] != ["end"] or episode.summary is None or episode.truncated):
+        found.append(f"the recording ends in {kinds[-3:]}, summary {'there' if episode.summary else 'missing'}")
+    stop = next((n for n, event in enumerate(episode.events)
+                 if event["event"] == "fault" or (event["event"] == "error" and event.get("where") == "episode")), None)
+    until = kinds.index("request", stop) if stop is not None and "request" in kinds[stop:] else len(kinds)
+    if stop is not None and {"substep", "step", "decision"} & set(kinds[stop:until]):
+        found.append("the recording shows motion after the fault")
+    rows = Counter((event.get("cycle"), event.get("index")) for event in episode.of("decision"))
+    if rows and rows.most_common(1)[0][1] > 1:
+        found.append(f"row {rows.most_common(1)[0][0]} was executed twice")
+    missing = [event["frame"] for event in episode.of("step") if not episode.frame_path(event["frame"]).is_file()]
+    if missing:
+        found.append(f"frames {missing} are missing")
+    return found
+
+
+def table(lines: list[Line]) -> list[dict[str, Any]]:
+    """By kind of fault: how many, how many of them while the arm moved, how long until it held, how episodes ended."""
+    rows = []
+    for kind in [None, *KINDS]:
+        some = [line for line in lines if line.fault == kind]
+        holds = [line.hold_s for line in some if line.hold_s is not None]
+        limit_s = None if kind is None else KINDS[kind].still_after_s
+        rows.append({
+            "fault": kind or "none", "episodes": len(some), "moving": sum(line.moving for line in some),
+            "limit_s": limit_s, "hold_max_s": max(holds, default=None),
+            "hold_lateness_max_s": max((line.hold_lateness_s for line in some), default=0.0),
+            "exit_codes": dict(sorted(Counter(str(line.exit_code) for line in some).items())),
+            "problems": sum(len(line.problems) for line in some),
+        })  # fmt: skip
+    return rows
+
+
+def growth(values: list[float]) -> float:
+    """Median of the last third of what follows the warm-up, less the median of its first third."""
+    steady = values[WARM_UP_EPISODES:]
+    third = len(steady) // 3
+    return statistics.median(steady[-third:]) - statistics.median(steady[:third]) if third else 0.0
+
+
+def report(lines: list[Line], minutes: float) -> dict[str, Any]:
+    problems = [f"seed {line.seed} ({line.fault}): {problem}" for line in lines for problem in line.problems]
+    memory_mb, files = growth([line.memory_mb for line in lines]), growth([float(line.files) for line in lines])
+    if memory_mb > MAX_GROWTH_MB:
+        problems.append(f"memory grew by {memory_mb:.0f} MB")
+    if files > MAX_MORE_FILES:
+        problems.append(f"{files:.0f} more open files than at first")
+    return {
+        "minutes": round(minutes, 1), "episodes": len(lines), "faults": sum(line.fault is not None for line in lines),
+        "commands_checked": sum(line.commands for line in lines), "problems": problems, "table": table(lines),
+        "memory_growth_mb": round(memory_mb, 1), "file_growth": files, "load_average": os.getloadavg(),
+        "starved": sum(line.fault is None and line.exit_code in STARVED_EXITS for line in lines),
+        "lateness_s": {"median": statistics.median(line.lateness_s for line in lines),
+                       "max": max(line.lateness_s for line in lines)},
+        "priority": os.nice(0), **machine(), "lines": [vars(line) for line in lines],
+    }  # fmt: skip
+
+
+def show(result: dict[str, Any]) -> None:
+    print(f"{'fault':22} {'count':>5} {'moving':>6} {'limit s':>8} {'hold max s':>10} {'lateness':>8}  exit codes")
+    for row in result["table"]:
+        numbers = [f"{row[name]:.2f}" if row[name] is not None else "-" for name in ("limit_s", "hold_max_s")]
+        codes = ", ".join(f"{code}: {count}" for code, count in row["exit_codes"].items())
+        print(f"{row['fault']:22} {row['episodes']:5} {row['moving']:6} {numbers[0]:>8} {numbers[1]:>10} "
+              f"{row['hold_lateness_max_s']:8.2f}  {codes}")
+    print(f"{result['episodes']} episodes in {result['minutes']} minutes, {result['faults']} faults, "
+          f"{result['commands_checked']} commands checked, memory {result['memory_growth_mb']:+} MB; "
+          f"{result['starved']} without a fault ended by a late computer")  # fmt: skip
+    print("\n".join(["problems:", *result["problems"]]) if result["problems"] else "problems: none")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="scripts/soak twin", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--fault-every-s", type=float, default=60.0, help="0: in every episode")
+    parser.add_argument("--kind", choices=sorted(KINDS), help="only this kind of fault")
+    parser.add_argument("--seed", type=int, default=FIRST_SEED)
+    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/soak_twin.json")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a program in the background inherits an ignored one
+    began_s, lines, due_s = time.monotonic(), [], time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        soak = Soak(Path(folder), random.Random(arguments.seed))
+        while (now_s := time.monotonic()) - began_s < 60.0 * arguments.minutes:
+            kind = (arguments.kind or soak.next_kind()) if now_s >= due_s else None
+            line = soak.episode(arguments.seed + len(lines), kind)
+            lines.append(line)
+            if line.fault is not None:
+                due_s = now_s + soak.chance.uniform(0.7, 1.3) * arguments.fault_every_s
+            elif kind is not None:
+                soak.deck.append(kind)
+            print(json.dumps(vars(line)), flush=True)
+        soak.server.kill()
+    result = report(lines, (time.monotonic() - began_s) / 60.0)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    show(result)
+    print(f"written to {arguments.out}")
+    return 1 if result["problems"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
