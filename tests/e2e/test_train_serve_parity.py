@@ -10,8 +10,8 @@ from vlm2vla_server.engines.base import Turn
 from vlm2vla_server.engines.hf_model import apply_template
 from vlm2vla_training.curation.dataset import ExampleSet, prepared_image
 from vlm2vla_training.curation.dataset import _square as loaded_image
-from vlm2vla_training.pretrain import write_random_base
 from vlm2vla_training.sft_data import Collator, Encoder
+from vlm2vla_training.twin_model import write_random_base
 
 PROMPTS = {
     "subtasks": (prompts.subtasks_prompt("pick up the carrot"), 1),

@@ -12,8 +12,8 @@ from vlm2vla_training.curation.dataset import ExampleSet, load_examples
 from vlm2vla_training.curation.examples import KINDS
 from vlm2vla_training.episodes.parquet import EpisodeWriter
 from vlm2vla_training.errors import DataError
-from vlm2vla_training.pretrain import write_random_base
 from vlm2vla_training.sft_data import Collator, Encoder, check_parity, dump, encode_all
+from vlm2vla_training.twin_model import write_random_base
 
 GOLDEN = Path(__file__).parent / "golden"
 SIZE_PX = 112
