@@ -226,6 +226,7 @@ def about(options: argparse.Namespace, jpeg: bytes) -> dict[str, Any]:
         "command": " ".join(["python bench/http_overhead.py", *sys.argv[1:]]),
         "commit": commit.stdout.strip(),
         "event_loop": event_loop(),
+        "real_time": os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR),
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{os.cpu_count()} {platform.machine()} cores",
         "jpeg_bytes": len(jpeg),
