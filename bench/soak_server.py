@@ -1,9 +1,9 @@
 """Several robots at once against one server, for minutes: errors, memory, streams without an end, order.
 
 Run by hand (`scripts/soak server --robots 8 --minutes 10`). Each robot asks for a cycle or for rows (streamed), then
-for a verdict, again and again under its own episode; now and then it sends a newer cycle while the older one runs, which
-must cancel it with 499. Beside them somebody asks questions, which must wait behind the robots. Success at the task is
-not judged here. Prints a table, writes one JSON file; exit code 1, and `problems`, when something did not hold.
+for a verdict, again and again under its own episode; now and then it sends a newer cycle while the older one runs,
+which must cancel it with 499. Beside them somebody asks questions, which must wait behind the robots. Success at the
+task is not judged here. Prints a table, writes one JSON file; exit code 1, and `problems`, when something did not hold.
 """
 
 from __future__ import annotations
