@@ -1,6 +1,7 @@
 """Ten thousand broken requests against a running server: bad pictures, huge bodies, wrong types, NaN, deep nesting, ...
 
     python bench/fuzz_requests.py --model models/twin/base --adapter twin=models/twin/adapter      starts its own server
+        (with --out bench/results/fuzz_requests.json the committed result is written)
     python bench/fuzz_requests.py --url http://127.0.0.1:8000                                       uses yours
 
 Prints one JSON object with the count of every status; exits 1 on a 500, on an answer that docs/protocol.md does not
@@ -13,6 +14,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import sys
 import tempfile
 import time
@@ -28,6 +30,7 @@ sys.path.insert(0, str(CHECKOUT / "tests" / "server"))
 from live_server import live_server
 from request_mutations import mutate, problem
 from server_fakes import image_bytes
+from soak import machine
 
 
 @dataclass
@@ -85,10 +88,11 @@ def main() -> int:
     parser.add_argument("--callers", type=int, default=4)
     parser.add_argument("--limit-s", type=float, default=3600.0, help="stop after this time and report what was sent")
     parser.add_argument("--huge-mb", type=int, default=17, help="size of the oversized bodies; the server takes 16")
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if bool(options.url) == bool(options.model):
         parser.error("give --url of a running server, or --model to start one")
-    began_s = time.monotonic()
+    began_s, load_before = time.monotonic(), os.getloadavg()[0]
     with contextlib.ExitStack() as stack:
         url = options.url
         if url is None:
@@ -99,21 +103,25 @@ def main() -> int:
         found = asyncio.run(
             fuzz(url, options.first_seed, options.requests, options.callers, options.huge_mb * 2**20, options.limit_s)
         )
-    print(
-        json.dumps(
-            {
-                "requests_asked": options.requests,
-                "requests_sent": sum(found.kinds.values()),
-                "statuses": {str(k): v for k, v in sorted(found.statuses.items())},
-                "kinds": dict(found.kinds.most_common()),
-                "slowest_s": round(found.slowest_s, 2),
-                "seconds": round(time.monotonic() - began_s, 1),
-                "wrong": found.wrong[:20],
-                "wrong_count": len(found.wrong),
-            },
-            indent=1,
-        )
-    )
+    result = {
+        "command": " ".join(["python bench/fuzz_requests.py", *sys.argv[1:]]),
+        **machine(),
+        "date": time.strftime("%Y-%m-%d"),
+        "load_average": [round(load_before, 2), round(os.getloadavg()[0], 2)],
+        "requests_asked": options.requests,
+        "requests_sent": sum(found.kinds.values()),
+        "statuses": {str(k): v for k, v in sorted(found.statuses.items())},
+        "kinds": dict(found.kinds.most_common()),
+        "slowest_s": round(found.slowest_s, 2),
+        "seconds": round(time.monotonic() - began_s, 1),
+        "wrong": found.wrong[:20],
+        "wrong_count": len(found.wrong),
+    }
+    text = json.dumps(result, indent=1)
+    print(text)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(text + "\n")
     return 1 if found.wrong or found.statuses[500] else 0
 
 

@@ -22,6 +22,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="base of a real model; left out, only the double is measured")
     parser.add_argument("--adapter", help="NAME=PATH")
     parser.add_argument("--requests", type=int, default=200, metavar="N", help="pairs for each engine (200)")
+    parser.add_argument("--paced-requests", type=int, default=50, metavar="N", help="of them for the paced double (50)")
     parser.add_argument("--prefill-ms", type=float, default=40.0)
     parser.add_argument("--token-ms", type=float, default=7.0)
     parser.add_argument("--out", type=Path)
@@ -196,7 +199,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, door in doors(options).items():
-            figures[name] = measure(door, Path(scratch) / name, jpeg, options.requests)
+            requests = min(options.requests, options.paced_requests) if door.token_s else options.requests
+            figures[name] = measure(door, Path(scratch) / name, jpeg, requests)
             loads.append(os.getloadavg()[0])
             print(f"{name}: {json.dumps(figures[name])}", file=sys.stderr, flush=True)
     missed = missed_musts(figures)
@@ -209,12 +213,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if missed else 0
 
 
+def event_loop() -> str:
+    """What the server's event loop is: uvloop where it is installed."""
+    return f"uvloop {metadata.version('uvloop')}" if find_spec("uvloop") else "asyncio"
+
+
 def about(options: argparse.Namespace, jpeg: bytes) -> dict[str, Any]:
     """What a published figure must name."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
     return {
+        "command": " ".join(["python bench/http_overhead.py", *sys.argv[1:]]),
         "commit": commit.stdout.strip(),
+        "event_loop": event_loop(),
+        "real_time": os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR),
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{os.cpu_count()} {platform.machine()} cores",
         "jpeg_bytes": len(jpeg),

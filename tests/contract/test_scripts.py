@@ -137,3 +137,20 @@ def test_a_missing_python_is_explained(checkout: Path) -> None:
     assert done.returncode == 2
     assert "3.11" in done.stderr
     assert "VLM2VLA_PYTHON" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"), [(["twins"], "expected server, twin or episodes"), (["twin"], "soak_twin.py is missing")]
+)
+def test_soak_names_what_it_can_do_and_what_is_missing(checkout: Path, arguments: list[str], word: str) -> None:
+    done = subprocess.run([str(checkout / "scripts/soak"), *arguments], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2
+    assert word in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["server", "--robots", "2"], ["--robots", "2"]])
+def test_soak_runs_its_program_with_the_other_arguments(checkout: Path, arguments: list[str]) -> None:
+    (checkout / "bench").mkdir()
+    (checkout / "bench/soak_server.py").write_text("import sys; print(sys.argv[1:]); sys.exit(1)")
+    done = subprocess.run([str(checkout / "scripts/soak"), *arguments], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout.strip()) == (1, "['--robots', '2']"), done.stderr

@@ -34,6 +34,7 @@ from vlm2vla_server.app import create_app
 from vlm2vla_server.bodies import parse_json
 from vlm2vla_server.cli import SWITCH_INTERVAL_S
 from vlm2vla_server.engines.base import Delta, Engine, GenerationRequest
+from vlm2vla_server.serving import http_config
 from vlm2vla_server.settings import Settings
 from vlm2vla_server.stages import actions_stage
 
@@ -114,7 +115,7 @@ def main() -> None:
     app = create_app(settings, engine)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     direct = DirectDoor(app, engine, ModelCard.read(path), name, settings.max_row_translation_m)
-    uvicorn.run(direct, host="127.0.0.1", port=port, log_level="warning", access_log=False)
+    uvicorn.Server(http_config(direct, "127.0.0.1", port)).run()
 
 
 @contextlib.contextmanager

@@ -83,8 +83,8 @@ class Queue:
         return self.engine.begun[1:]
 
 
-async def opened(tmp_path: Path, work: Any, **settings: Any) -> None:
-    engine = GatedEngine()
+async def opened(tmp_path: Path, work: Any, slots: int = 1, **settings: Any) -> None:
+    engine = GatedEngine(slots=slots)
     engine.gate.set()
     app = create_app(with_settings(write_models(tmp_path), **settings), engine)
     async with serving(app) as caller:
@@ -113,6 +113,23 @@ def test_acting_goes_before_verifying_before_asking(tmp_path: Path) -> None:
         assert {answer.result().status for answer in queue.tasks.values()} == {200}
 
     run(opened(tmp_path, work))
+
+
+def test_an_engine_that_runs_several_at_once_gets_the_rest_by_priority(tmp_path: Path) -> None:
+    async def work(queue: Queue, engine: GatedEngine) -> None:
+        await queue.hold()
+        queue._post("/vqa", "robot-holder-too")
+        await until(lambda: len(engine.begun) == 2)
+        for path, name in (("/vqa", "robot-a"), ("/verify", "robot-b"), ("/actions", "robot-c")):
+            await queue.add(path, name)
+        # nothing waits in the engine, and a full server makes room for a robot that wants to act
+        assert engine.begun == ["ask robot-holder", "ask robot-holder-too"]
+        await queue.add("/cycle", "robot-d", queued=3)
+        assert (await queue.tasks.pop("robot-a")).status == 503
+        order = (await queue.release())[1:]
+        assert order.index("rows robot-c") < order.index("verify robot-b") > order.index("plan robot-d"), order
+
+    run(opened(tmp_path, work, slots=2, max_concurrency=5))
 
 
 def test_no_robot_waits_behind_many_requests_of_another(tmp_path: Path) -> None:

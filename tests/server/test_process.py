@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import signal
 import socket
 import threading
@@ -156,6 +157,22 @@ def test_a_caller_that_sends_one_byte_a_second_is_given_up(tmp_path: Path) -> No
             assert httpx.get(f"{server.url}/readyz", timeout=10).status_code == 200
         assert answer.startswith(b"HTTP/1.1 504") and b"deadline_exceeded" in answer
         slow.close()
+
+
+def test_headers_without_an_end_are_refused_after_a_bounded_length(tmp_path: Path) -> None:
+    with process(tmp_path, token_s=0.0) as server:
+        endless = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+        endless.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Long: ")
+        sent, answer = 0, b""
+        with contextlib.suppress(ConnectionError):
+            while sent < 8 * 2**20 and not answer:
+                sent += endless.send(b"a" * 4096)
+                if select.select([endless], [], [], 0.001)[0]:
+                    answer = endless.recv(65536) or b"closed"
+        assert sent < 8 * 2**20
+        assert answer in (b"", b"closed") or answer.startswith(b"HTTP/1.1 400")
+        assert httpx.get(f"{server.url}/readyz", timeout=10).status_code == 200
+        endless.close()
 
 
 def _metric(url: str, name: str) -> float:

@@ -67,6 +67,9 @@ def test_defaults_leave_the_checkpoints_sampling_and_code_alone(contract_models:
         assert given["dtype"] == dtype and given["max_model_len"] == 4096 and given["disable_chunked_mm_input"]
         assert (given["enable_lora"], given["max_loras"], given["max_lora_rank"]) == (True, 3, 16)
         assert ("block_size" in given) is on_cpu
+    for limit, at_once in ((16, 8), (3, 1), (1, 1)):  # the others wait in the server, by priority
+        asked = VLLMOptions(contract_models.base, max_concurrency=limit)
+        assert engine_arguments(asked, KNOWN, on_cpu=False)["max_num_seqs"] == at_once
     bare = engine_arguments(VLLMOptions(contract_models.base), KNOWN, on_cpu=True)
     assert bare["enable_lora"] is False
 
@@ -223,6 +226,11 @@ def test_two_images_and_none_score_as_in_transformers(subject: Subject, referenc
         ask = ScoreRequest(images, prompts.verify_prompt("Grasp Carrot", None), '{"success": true', "twin")
         ours, theirs = (engine.run(engine.engine.score(ask)) for engine in (subject, reference))
         assert ours == pytest.approx(theirs, abs=SAME_NAT)
+
+
+@on_vllm
+def test_the_server_is_told_how_many_run_at_once(subject: Subject) -> None:
+    assert subject.engine.info().slots == VLLMOptions(subject.models.base).max_concurrency // 2 == 8
 
 
 @on_vllm

@@ -1,7 +1,8 @@
 """Who may generate now: a bounded queue by what robots wait for, and the newest request of an episode.
 
-An engine that runs one generation after another (`EngineInfo.slots` 1) gets one request at a time from here; what waits
-is ordered by what it is for, then so that no robot waits behind many requests of another, then by arrival.
+An engine gets as many requests at a time from here as it runs at once (`EngineInfo.slots`: 1 for transformers, vLLM's
+batch); what waits is ordered by what it is for, then so that no robot waits behind many requests of another, then by
+arrival. What runs is never interrupted for something more urgent.
 """
 
 from __future__ import annotations

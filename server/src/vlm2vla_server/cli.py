@@ -53,7 +53,7 @@ def _add_flags(command: argparse.ArgumentParser) -> None:
     add("--host", help="default: 127.0.0.1; any other needs --api-key")
     add("--port", type=int, help="default: 8000")
     add("--api-key", help="callers send 'Authorization: Bearer KEY'; better set as VLM2VLA_API_KEY")
-    add("--max-concurrency", type=int, help="requests generating or waiting; default 8")
+    add("--max-concurrency", type=int, help="requests generating or waiting; default 16")
     add("--max-body-mb", type=int, help="largest request body; default 16")
     add("--max-row-translation-m", type=float, help="largest |dx|, |dy|, |dz| of a row in metres; default 0.10")
     add("--drain-s", type=float, help="seconds that running requests may go on after SIGTERM; default 8")

@@ -17,6 +17,7 @@ log = logging.getLogger("vlm2vla_server")
 DEATH_LINGER_S = 1.0
 """From the engine's death to the end of the process: callers get their errors, probes see /readyz red."""
 FLUSH_TIMEOUT_S = 5
+MAX_HEADER_BYTES = 16 * 1024
 
 
 class DrainingServer(uvicorn.Server):
@@ -63,13 +64,16 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
-def run(app: ASGIApp, service: Service) -> bool:
-    """Serve on the settings' address until a signal or the engine's death. Returns whether the port could be opened."""
-    settings = service.settings
-    config = uvicorn.Config(
+def http_config(app: ASGIApp, host: str, port: int) -> uvicorn.Config:
+    """How the app is served: on uvloop's event loop where that is installed, which saves about half a millisecond a
+    request. HTTP is read by h11 even where httptools is installed (vLLM brings it): httptools is quicker still, but
+    takes headers without an end, h11 refuses more than MAX_HEADER_BYTES."""
+    return uvicorn.Config(
         app,
-        host=settings.host,
-        port=settings.port,
+        host=host,
+        port=port,
+        http="h11",
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         log_config=None,
         log_level="warning",
         access_log=False,
@@ -77,6 +81,12 @@ def run(app: ASGIApp, service: Service) -> bool:
         timeout_graceful_shutdown=FLUSH_TIMEOUT_S,
         server_header=False,
     )
+
+
+def run(app: ASGIApp, service: Service) -> bool:
+    """Serve on the settings' address until a signal or the engine's death. Returns whether the port could be opened."""
+    settings = service.settings
+    config = http_config(app, settings.host, settings.port)
     server = DrainingServer(config, service, settings.drain_s)
     server.run()
     return server.started

@@ -40,7 +40,7 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str | None = field(default=None, repr=False)
-    max_concurrency: int = 8
+    max_concurrency: int = 16
     max_body_mb: int = 16
     max_image_pixels: int = MAX_PIXELS
     max_row_translation_m: float = 0.10

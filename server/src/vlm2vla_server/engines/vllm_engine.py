@@ -8,6 +8,7 @@ thread: that alone takes seconds, and /healthz has to answer meanwhile.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import re
 import time
@@ -54,6 +55,8 @@ ENVIRONMENT = {
 }
 """What vLLM reads from its environment, unless the operator has set it."""
 
+_ADAPTER_NUMBERS = itertools.count(1)
+"""vLLM knows an adapter by its number alone and loads none whose number it has: none is used twice in a process."""
 DEATH_POLL_S = 0.1
 TOO_LONG = re.compile(r"maximum (context|model) length")
 """In vLLM's two refusals of a long prompt: of the text alone, and once the images' tokens are in it."""
@@ -80,8 +83,8 @@ class VLLMEngine:
         await asyncio.to_thread(self._load)
         from vllm.lora.request import LoRARequest
 
-        for number, (name, folder) in enumerate(self._options.adapters, start=1):
-            request = LoRARequest(name, number, str(folder.resolve()))
+        for name, folder in self._options.adapters:
+            request = LoRARequest(name, next(_ADAPTER_NUMBERS), str(folder.resolve()))
             try:
                 added = await self._llm.add_lora(request)
             except Exception as problem:
@@ -256,7 +259,7 @@ class VLLMEngine:
 
     def info(self) -> EngineInfo:
         """Facts about the loaded model."""
-        config = self._llm.model_config
+        config, vllm = self._llm.model_config, self._llm.vllm_config
         return EngineInfo(
             name="vllm",
             device=self._device,
@@ -273,6 +276,7 @@ class VLLMEngine:
                 "transformers": transformers.__version__,
                 "xgrammar": metadata.version("xgrammar"),
             },
+            slots=vllm.scheduler_config.max_num_seqs * vllm.parallel_config.data_parallel_size,
         )
 
     def load(self) -> EngineLoad:

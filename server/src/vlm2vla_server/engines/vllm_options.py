@@ -28,13 +28,17 @@ OURS = frozenset(
 
 @dataclass(frozen=True)
 class VLLMOptions:
-    """How to start vLLM. threads: of the arithmetic on a CPU. max_concurrency: generations at once. engine_options:
-    (name, text) pairs for vLLM's own AsyncEngineArgs; text that is JSON (numbers, true, {"a": 1}) is read as JSON."""
+    """How to start vLLM.
+
+    threads: of the arithmetic on a CPU. max_concurrency: requests that the server lets in; half of them run at once
+    unless engine_options say otherwise, and the others wait in the server, by priority. engine_options: (name, text)
+    pairs for vLLM's own AsyncEngineArgs; text that is JSON (numbers, true, {"a": 1}) is read as JSON.
+    """
 
     model: Path
     adapters: tuple[tuple[str, Path], ...] = ()
     threads: int = 1
-    max_concurrency: int = 8
+    max_concurrency: int = 16
     engine_options: tuple[tuple[str, str], ...] = ()
 
 
@@ -68,7 +72,7 @@ def _defaults(options: VLLMOptions, on_cpu: bool) -> dict[str, Any]:
     found: dict[str, Any] = {
         "dtype": "float32" if on_cpu else "bfloat16",
         "max_model_len": min(int(getattr(config, "max_position_embeddings", CONTEXT_TOKENS)), CONTEXT_TOKENS),
-        "max_num_seqs": options.max_concurrency,
+        "max_num_seqs": max(1, options.max_concurrency // 2),
         "limit_mm_per_prompt": {"image": MAX_IMAGES},
         "mm_processor_cache_gb": 0.25,  # a robot's frames never come back after their cycle
         "enable_prefix_caching": True,
