@@ -12,7 +12,7 @@ from vlm2vla_client.errors import CameraError, ClientError, ServerUnreachableErr
 from vlm2vla_client.policies.base import Policy
 
 LIVENESS_LIMIT_S = 1.0
-POLL_S = 0.2
+POLL_S = 0.1
 ALIVE_TIMEOUT_S = 0.5
 CAMERA_LIMIT_S = 0.5
 

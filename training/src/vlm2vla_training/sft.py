@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from torch.utils.tensorboard import SummaryWriter
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -33,6 +34,7 @@ from transformers import (
     PrinterCallback,
     TrainerCallback,
 )
+from transformers.integrations import TensorBoardCallback
 from trl import SFTConfig, SFTTrainer
 
 from vlm2vla_schema.types import ModelCard
@@ -359,7 +361,7 @@ def build_trainer(
         data_collator=lambda rows: {name: torch.from_numpy(array) for name, array in collator(rows).items()},
         processing_class=processor,
         peft_config=None if preset.full else lora_config(preset),
-        callbacks=[JsonlLog(args.out / LOG_FILE)],
+        callbacks=callbacks(args),
     )
     if args.compile:
         whole = trainer.model if preset.full else trainer.model.get_base_model()
@@ -367,6 +369,14 @@ def build_trainer(
             layer.compile(dynamic=True)
     trainer.remove_callback(PrinterCallback)  # JsonlLog says the same in one line
     return trainer, 0 if preset.full else check_adapted(trainer.model, config, preset.scope)
+
+
+def callbacks(args: argparse.Namespace) -> list[TrainerCallback]:
+    """What writes the losses down; of several processes the first."""
+    found: list[TrainerCallback] = [JsonlLog(args.out / LOG_FILE)]
+    if not args.no_tensorboard and int(os.environ.get("RANK", "0")) == 0:
+        found.append(TensorBoardCallback(SummaryWriter(str(args.out / "tensorboard"))))
+    return found
 
 
 def load_base(folder: Path, preset: Preset) -> Any:
@@ -385,7 +395,6 @@ def load_base(folder: Path, preset: Preset) -> Any:
 
 def training_arguments(args: argparse.Namespace, preset: Preset, held_out: bool) -> SFTConfig:
     """Translate a preset for TRL. `max_length` stays None: lengths are checked before, nothing is cut."""
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(args.out / "tensorboard"))
     return SFTConfig(
         output_dir=str(args.out),
         per_device_train_batch_size=preset.batch_size,
@@ -421,7 +430,7 @@ def training_arguments(args: argparse.Namespace, preset: Preset, held_out: bool)
         save_strategy="steps",
         save_steps=args.save_steps,
         save_total_limit=2,
-        report_to="none" if args.no_tensorboard else "tensorboard",
+        report_to="none",  # `callbacks` writes the logs, TensorBoard's to this run's own folder
         seed=args.seed,
         disable_tqdm=True,
     )
