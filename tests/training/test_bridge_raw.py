@@ -61,6 +61,7 @@ MALICIOUS = {
     "an instance": b"(icollections\nCounter\n.",
     "a registered extension": b"\x82\x01.",
     "an outside object": b"Pname\n.",
+    "a length for bytes": b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(S'f8'\nI0\nI1\ntRI999999999999999\ntR.",
 }
 
 

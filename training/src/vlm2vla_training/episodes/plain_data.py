@@ -215,7 +215,9 @@ def _shaped(raw: Any, kind: Any, shape: Any, fortran: bool) -> Any:
 
 
 def _bytes(value: Any) -> bytes:
-    # Python 2 wrote bytes as text.
+    # Python 2 wrote bytes as text. A number would be taken for a length, and memory set aside for it.
+    if not isinstance(value, str | bytes | bytearray):
+        raise DataError(f"an array's contents are of {type(value).__name__}; expected bytes")
     return value.encode("latin-1") if isinstance(value, str) else bytes(value)
 
 
