@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from soak import BIN, ROOT, free_port, machine, open_files, wait_until_ready
-from soak_server_load import KINDS, Seen, load
+from soak_server_load import DEADLINE_S, KINDS, Seen, load
 
 WARM_UP_SHARE = 0.3
 """Of the run; memory is compared after it."""
@@ -152,7 +152,9 @@ def soak(arguments: argparse.Namespace) -> tuple[Seen, str, int, tuple[int, int]
     try:
         wait_until_ready(url, server)
         files_before = open_files(server.pid)
-        seen, metrics = asyncio.run(load(url, arguments.robots, 60 * arguments.minutes, server.pid))
+        seen, metrics = asyncio.run(
+            load(url, arguments.robots, 60 * arguments.minutes, server.pid, deadline_s=arguments.deadline_s)
+        )
         time.sleep(1.0)
         files = (files_before, open_files(server.pid))
         server.send_signal(signal.SIGTERM)
@@ -166,6 +168,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/soak server", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--robots", type=int, default=8)
     parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--deadline-s", type=float, default=DEADLINE_S, help="of a request; more on a starved machine")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/soak_server.json")
     parser.add_argument("--server-argument", action="append", default=None, help="instead of --twin; repeatable")
     arguments = parser.parse_args()
@@ -173,7 +176,8 @@ def main() -> int:
     found = report(*soak(arguments))
     result = {
         "command": " ".join(["scripts/soak server", *sys.argv[1:]]), "robots": arguments.robots,
-        "minutes": arguments.minutes, **machine(), "date": time.strftime("%Y-%m-%d"),
+        "minutes": arguments.minutes, "deadline_s": arguments.deadline_s, **machine(),
+        "date": time.strftime("%Y-%m-%d"),
         "load_average": [round(load_before, 2), round(os.getloadavg()[0], 2)], **found,
     }  # fmt: skip
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

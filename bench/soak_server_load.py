@@ -16,7 +16,7 @@ from soak import resident_mb
 from vlm2vla_schema.images import encode_jpeg, to_base64
 from vlm2vla_schema.probes import PROBE_PROMPTS, probe_image
 
-DEADLINE_MS = 120_000
+DEADLINE_S = 120.0
 SAMPLE_S = 5.0
 SUPERSEDE_EVERY = 5
 """Each fifth round of a robot is a cycle and a newer one."""
@@ -43,6 +43,7 @@ class Seen:
     turn, as its `timing_ms` says; a deadline that passed counts as a wait of that long.
     """
 
+    deadline_s: float = DEADLINE_S
     outcomes: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     streams: int = 0
@@ -67,7 +68,7 @@ class Seen:
         if outcome == "done":
             self.queue_s[kind].append(answer["timing_ms"]["queue"] / 1000)
         elif outcome == "deadline_exceeded":
-            self.queue_s[kind].append(DEADLINE_MS / 1000)
+            self.queue_s[kind].append(self.deadline_s)
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Ended:
 async def act(client: httpx.AsyncClient, seen: Seen, path: str, body: dict[str, Any]) -> Ended:
     """A streamed /cycle or /actions, read to its end."""
     began_s = time.monotonic()
-    async with client.stream("POST", path, json={**body, "deadline_ms": DEADLINE_MS}, headers=NDJSON) as answer:
+    async with client.stream("POST", path, json={**body, **_deadline(seen)}, headers=NDJSON) as answer:
         if answer.status_code != 200:
             outcome = json.loads(await answer.aread())["error"]["code"]
             if (outcome == "cancelled") != (answer.status_code == 499):
@@ -107,6 +108,10 @@ async def _events(answer: httpx.Response, seen: Seen, began_s: float) -> str:
     if sum(name in ENDS for name in events) != 1 or events[-1] not in ENDS:
         seen.streams_without_end += 1
     return outcome
+
+
+def _deadline(seen: Seen) -> dict[str, int]:
+    return {"deadline_ms": round(1000 * seen.deadline_s)}
 
 
 def _scene(chance: random.Random, episode: str) -> dict[str, Any]:
@@ -138,7 +143,7 @@ async def superseded_cycle(client: httpx.AsyncClient, seen: Seen, episode: str, 
 
 async def post(client: httpx.AsyncClient, seen: Seen, kind: str, path: str, body: dict[str, Any]) -> None:
     """A whole answer of /verify or /vqa."""
-    answer = await client.post(path, json={**body, "deadline_ms": DEADLINE_MS})
+    answer = await client.post(path, json={**body, **_deadline(seen)})
     found = answer.json()
     outcome = "done" if answer.status_code == 200 else found["error"]["code"]
     seen.outcomes[f"{path} {outcome}"] += 1
@@ -185,12 +190,14 @@ async def watch(client: httpx.AsyncClient, seen: Seen, pid: int, until_s: float)
         await asyncio.sleep(SAMPLE_S)
 
 
-async def load(url: str, robots: int, seconds: float, pid: int, least: int = 0) -> tuple[Seen, str]:
+async def load(
+    url: str, robots: int, seconds: float, pid: int, least: int = 0, deadline_s: float = DEADLINE_S
+) -> tuple[Seen, str]:
     """Run the robots for some seconds and at least `least` rounds each. Returns what was seen, and /metrics."""
-    seen = Seen()
+    seen = Seen(deadline_s)
     until_s = time.monotonic() + seconds
     limits = httpx.Limits(max_connections=4 * robots + 8)
-    timeout_s = DEADLINE_MS / 1000 + 30
+    timeout_s = deadline_s + 30
     async with httpx.AsyncClient(base_url=url, timeout=timeout_s, limits=limits, trust_env=False) as client:
         work = [robot(client, seen, number, until_s, least) for number in range(robots)]
         ended = await asyncio.gather(

@@ -140,7 +140,7 @@ def first_error(robot: WidowXRobot, timeout_s: float, words: str = "") -> tuple[
     raise AssertionError(f"no such error within {timeout_s} s: {words}")
 
 
-STARVED = ("has been silent for", "s old (limit", "no heartbeat")
+STARVED = ("has been silent for", "s old (limit", "no heartbeat", "NOT GOOD: stood")
 
 
 def patiently(test: Callable[..., None]) -> Callable[..., None]:

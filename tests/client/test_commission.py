@@ -233,7 +233,7 @@ def test_the_double_is_commissioned_on_a_terminal(tmp_path: Path, monkeypatch: p
     with sit(tmp_path) as seat:
         walk_through(seat, object_=lambda: desk.bench.set(object_m=0.028))
         code = seat.wait()
-        if code == 7 and any(words in seat.screen for words in STARVED):
+        if code in (3, 7) and any(words in seat.screen for words in STARVED):
             raise RobotError(seat.screen[-400:])
         assert code == 0 and seat.mode == seat.before, seat.screen
     assert is_commissioned("widowx", arm, here)
@@ -248,7 +248,7 @@ def test_a_no_on_the_terminal_writes_nothing_and_the_arm_holds(tmp_path: Path, m
     with sit(tmp_path) as seat:
         walk_through(seat, no_to="2 cm forward")
         code = seat.wait()
-        if code == 7 and any(words in seat.screen for words in STARVED):
+        if code in (3, 7) and any(words in seat.screen for words in STARVED):
             raise RobotError(seat.screen[-400:])
         assert code == 3 and seat.mode == seat.before and "stays uncommissioned" in seat.screen
     assert not record_path().exists()

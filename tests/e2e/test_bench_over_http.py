@@ -58,8 +58,8 @@ def test_a_cycle_is_timed_part_by_part_and_by_robots(
         assert figures["answers"] == 3 * level["robots"] and figures["errors"] == {}
         assert set(figures["parts_ms"]) == PARTS
         parts = {name: value["p50"] for name, value in figures["parts_ms"].items()}
-        # A token every 10 ms or later; the first of each stage is its prefill.
-        assert parts["decode"] >= (TOKENS - 2) * 10 and parts["prefill"] >= 2 * 10
+        # A token every 10 ms or later, each read by a clock of its own; the first of each stage is its prefill.
+        assert parts["decode"] >= (TOKENS - 2) * 10 - 1 and parts["prefill"] >= 2 * 10 - 1
         assert parts["encode"] > 0 and parts["preprocess"] > 0 and parts["parse"] > 0
         assert figures["ms_per_token"]["p50"] >= 10
         assert figures["tokens_p50"]["generated"] == TOKENS

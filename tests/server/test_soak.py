@@ -34,11 +34,11 @@ def test_a_sound_server_gives_no_problem(
     soak: Any, callers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(callers, "SAMPLE_S", 0.2)
-    monkeypatch.setattr(callers, "DEADLINE_MS", 600_000)  # a busy machine is no reason to fail
     monkeypatch.setattr(callers, "SUPERSEDE_EVERY", 2)
     with process(tmp_path, token_s=0.003) as server:
         files = soak.open_files(server.popen.pid)
-        seen, metrics = asyncio.run(soak.load(server.url, 3, 1.0, server.popen.pid, least=3))
+        # A busy machine is no reason to fail: ten minutes.
+        seen, metrics = asyncio.run(soak.load(server.url, 3, 1.0, server.popen.pid, least=3, deadline_s=600.0))
         waits = soak.mean_waits(metrics)
     assert seen.problems == []
     assert seen.streams >= 6 and seen.streams_without_end == 0
