@@ -51,12 +51,14 @@ class Bench:
                 recorder.event("episode", format=FORMAT, task=what, episode_id=uuid.uuid4().hex,
                                started_utc=datetime.now(UTC).isoformat(timespec="seconds"),
                                config={"robot": self.robot, "arm": self.arm, "speed": speed})  # fmt: skip
-                arm = OperatorArm(robot, clock, self.limits, recorder, speed, monitor or NoMonitor())
+                hold = robot.hold
                 try:
+                    arm = OperatorArm(robot, clock, self.limits, recorder, speed, monitor or NoMonitor())
+                    hold = arm.hold
                     yield arm
                 except BaseException as error:
                     with contextlib.suppress(RobotError):
-                        arm.hold(f"{type(error).__name__}: {error}")
+                        hold(f"{type(error).__name__}: {error}")
                     recorder.event("end", outcome="failed", message=str(error) or type(error).__name__)
                     raise
                 recorder.event("end", outcome="executed", exit_code=0, message="")
