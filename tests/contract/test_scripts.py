@@ -1,5 +1,6 @@
 """scripts/demo and scripts/test as programs: arguments, exit codes, and that nothing is left running."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -20,8 +21,11 @@ if (root / "server-fails").exists():
     sys.exit("cannot load the model")
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        self.send_response(200 if self.path == "/readyz" else 404)
+        failed = root / "never-ready"
+        self.send_response(503 if failed.exists() else 200 if self.path == "/readyz" else 404)
         self.end_headers()
+        if failed.exists():
+            self.wfile.write(failed.read_bytes())
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
 """
 
@@ -115,6 +119,15 @@ def test_demo_says_why_a_server_did_not_start(checkout: Path) -> None:
     assert done.returncode == 4
     assert "cannot load the model" in done.stderr
     assert not (checkout / "arguments.json").exists()
+
+
+def test_demo_does_not_wait_for_a_server_that_says_why_it_will_never_be_ready(checkout: Path) -> None:
+    answer = {"error": {"code": "not_ready", "details": {"reason": "adapter 'twin' does not change the model"}}}
+    (checkout / "never-ready").write_text(json.dumps(answer))
+    done = demo(checkout)
+    assert done.returncode == 4
+    assert "does not change the model" in done.stderr
+    assert server_stopped(checkout)
 
 
 def test_demo_refuses_an_engine_that_it_does_not_know(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
