@@ -13,7 +13,16 @@ def contract_models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return write_models(tmp_path_factory.mktemp("contract"))
 
 
+@pytest.fixture(scope="session")
+def vllm_subject(contract_models: Models) -> Iterator[Subject]:
+    with started("vllm", contract_models) as running:
+        yield running
+
+
 @pytest.fixture(scope="session", params=PARAMETERS)
 def subject(request: pytest.FixtureRequest, contract_models: Models) -> Iterator[Subject]:
+    if request.param == "vllm":
+        yield request.getfixturevalue("vllm_subject")
+        return
     with started(request.param, contract_models) as running:
         yield running

@@ -4,78 +4,42 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from proof_engines import Proving, on_transformers, on_vllm
 from safetensors.torch import load_file, save_file
 from server_fakes import FakeEngine, run, with_settings, write_models
-from tiny_models import write_base, write_proven_adapter
 
 from vlm2vla_schema.images import to_base64
 from vlm2vla_schema.types import ModelCard, ReferenceLogprobs
 from vlm2vla_server.adapter_proof import tolerance_nat
-from vlm2vla_server.engines.base import Engine, EngineInfo
-from vlm2vla_server.engines.hf_model import ModelOptions
-from vlm2vla_server.engines.transformers_engine import TransformersEngine
-from vlm2vla_server.service import ServerInfo, Service
-from vlm2vla_server.settings import Settings
+from vlm2vla_server.engines.base import EngineInfo
+from vlm2vla_server.service import Service
 
-MakeEngine = Callable[[Settings], Engine]
 WEIGHTS = "adapter_model.safetensors"
+ENGINES = [pytest.param("transformers"), pytest.param("vllm", marks=pytest.mark.vllm)]
+pytestmark = pytest.mark.timeout(3600)  # vLLM's start on a busy machine
 
 
-def transformers_engine(settings: Settings) -> Engine:
-    return TransformersEngine(ModelOptions(settings.require_model(), settings.adapters))
-
-
-ENGINES: dict[str, MakeEngine] = {"transformers": transformers_engine}
-"""Every engine that serves adapters passes the tests below; another one is another entry."""
-
-
-@pytest.fixture(params=sorted(ENGINES))
-def make_engine(request: pytest.FixtureRequest) -> MakeEngine:
-    return ENGINES[str(request.param)]
+@pytest.fixture(scope="module", params=ENGINES)
+def proving(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Proving:
+    if request.param == "vllm":
+        return on_vllm(request.getfixturevalue("vllm_subject"))
+    return on_transformers(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def adapters(proving: Proving, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("adapters")
-    return {name: write_proven_adapter(base, root / name, seed) for seed, name in enumerate(("one", "two", "three"))}
+    return {name: proving.write(proving.base, root / name, seed) for seed, name in enumerate(("one", "two", "three"))}
 
 
 @pytest.fixture
 def adapter(adapters: dict[str, Path], tmp_path: Path) -> Path:
     """A copy that a test may spoil."""
     return Path(shutil.copytree(adapters["one"], tmp_path / "adapter"))
-
-
-def started(make_engine: MakeEngine, base: Path, adapters: dict[str, Path], *, unproven: bool = False) -> ServerInfo:
-    settings = Settings(engine="transformers", model=base, adapters=tuple(adapters.items()), allow_unproven=unproven)
-
-    async def work() -> ServerInfo:
-        service = Service(settings, make_engine(settings))
-        try:
-            await service.start()
-            return service.info()
-        finally:
-            await service.close()
-
-    return run(work(), 120)
-
-
-def refused(make_engine: MakeEngine, base: Path, adapter: Path) -> str:
-    """Start with the adapter; the reason for not being ready."""
-    info = started(make_engine, base, {"twin": adapter})
-    assert not info.ready and not info.policy and info.reason
-    assert not any(one.policy or one.proven for one in info.adapters)
-    return info.reason
 
 
 def rename(folder: Path, old: str, new: str) -> None:
@@ -88,8 +52,8 @@ def edit_card(folder: Path, **changes: object) -> None:
     ModelCard.read(folder).model_copy(update=changes).write(folder)
 
 
-def test_the_right_adapter_is_ready(make_engine: MakeEngine, base: Path, adapter: Path) -> None:
-    info = started(make_engine, base, {"twin": adapter})
+def test_the_right_adapter_is_ready(proving: Proving, adapter: Path) -> None:
+    info = proving.started({"twin": adapter})
     assert info.ready and info.policy, info.reason
     (one,) = info.adapters
     assert one.proven and one.proof == "references" and one.tolerance_nat == 0.02
@@ -97,77 +61,78 @@ def test_the_right_adapter_is_ready(make_engine: MakeEngine, base: Path, adapter
     assert one.distance_nat < 0.001 and one.base_distance_nat > 0.05
 
 
-def test_three_adapters_at_once_are_ready(make_engine: MakeEngine, base: Path, adapters: dict[str, Path]) -> None:
-    info = started(make_engine, base, adapters)
+def test_three_adapters_at_once_are_ready(proving: Proving, adapters: dict[str, Path]) -> None:
+    info = proving.started(adapters)
     assert info.ready, info.reason
     assert [(one.name, one.proven, one.proof) for one in info.adapters] == [(n, True, "references") for n in adapters]
 
 
 def test_an_adapter_under_another_ones_card_is_refused(
-    make_engine: MakeEngine, base: Path, adapter: Path, adapters: dict[str, Path]
+    proving: Proving, adapter: Path, adapters: dict[str, Path]
 ) -> None:
     shutil.copyfile(adapters["two"] / WEIGHTS, adapter / WEIGHTS)
-    assert "not what was exported" in refused(make_engine, base, adapter)
+    assert "not what was exported" in proving.refused(adapter)
 
 
-def test_renamed_keys_are_refused(make_engine: MakeEngine, base: Path, adapter: Path) -> None:
+def test_renamed_keys_are_refused(proving: Proving, adapter: Path) -> None:
     rename(adapter, "language_model.", "language_model.model.")
-    assert refused(make_engine, base, adapter)
+    assert proving.refused(adapter)
 
 
-def test_vision_tower_keys_are_refused(make_engine: MakeEngine, base: Path, adapter: Path) -> None:
+def test_vision_tower_keys_are_refused(proving: Proving, adapter: Path) -> None:
     import peft
     import transformers
 
-    model = transformers.AutoModelForImageTextToText.from_pretrained(base)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(proving.base)
     torch.manual_seed(0)
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"]  # the paper's list, E
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=names, init_lora_weights=False)
     peft.get_peft_model(model, config).save_pretrained(adapter)
     assert any("vision_tower" in name for name in load_file(adapter / WEIGHTS))
-    assert "outside the language model" in refused(make_engine, base, adapter)
+    assert "outside the language model" in proving.refused(adapter)
 
 
-def test_zero_weights_are_refused(make_engine: MakeEngine, base: Path, adapter: Path) -> None:
+def test_zero_weights_are_refused(proving: Proving, adapter: Path) -> None:
     tensors = load_file(adapter / WEIGHTS)
     save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, adapter / WEIGHTS)
-    assert "does not change the model" in refused(make_engine, base, adapter)
+    assert "does not change the model" in proving.refused(adapter)
 
 
-def test_weights_that_barely_act_are_refused(make_engine: MakeEngine, base: Path, adapter: Path) -> None:
+def test_weights_that_barely_act_are_refused(proving: Proving, adapter: Path) -> None:
     tensors = load_file(adapter / WEIGHTS)
     save_file({name: tensor * 0.3 for name, tensor in tensors.items()}, adapter / WEIGHTS)
-    assert "not what was exported" in refused(make_engine, base, adapter)
+    assert "not what was exported" in proving.refused(adapter)
 
 
-def test_the_wrong_base_is_refused(make_engine: MakeEngine, adapter: Path, tmp_path: Path) -> None:
+def test_the_wrong_base_is_refused(proving: Proving, tmp_path: Path) -> None:
+    """The adapter was made for another base than the one that is served."""
     from vlm2vla_training.twin_model import write_random_base
 
-    other = tmp_path / "other"
-    write_random_base(other, seed=7)
-    assert "sha256" in refused(make_engine, other, adapter)
+    write_random_base(tmp_path / "other", seed=7)
+    adapter = proving.write(tmp_path / "other", tmp_path / "adapter", 1)
+    assert "sha256" in proving.refused(adapter)
     edit_card(adapter, base_hash=None)
-    assert "not what was exported" in refused(make_engine, other, adapter)
+    assert "not what was exported" in proving.refused(adapter)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "adapter_config.json", "model_card.json"])
-def test_a_missing_file_is_refused(make_engine: MakeEngine, base: Path, adapter: Path, name: str) -> None:
+def test_a_missing_file_is_refused(proving: Proving, adapter: Path, name: str) -> None:
     (adapter / name).unlink()
-    assert name in refused(make_engine, base, adapter)
+    assert name in proving.refused(adapter)
 
 
-def test_allow_unproven_serves_with_policy_false(make_engine: MakeEngine, base: Path, adapter: Path) -> None:
+def test_allow_unproven_serves_with_policy_false(proving: Proving, adapter: Path) -> None:
     rename(adapter, "language_model.", "language_model.model.")
-    info = started(make_engine, base, {"twin": adapter}, unproven=True)
+    info = proving.started({"twin": adapter}, unproven=True)
     assert info.ready and not info.policy and info.reason
     assert not info.adapters[0].proven and not info.adapters[0].policy and info.adapters[0].problem
 
 
 def test_an_older_card_gets_the_weaker_proof_and_info_says_so(
-    make_engine: MakeEngine, base: Path, adapter: Path
+    proving: Proving, adapter: Path
 ) -> None:
     edit_card(adapter, reference_logprobs=None)
-    (one,) = started(make_engine, base, {"twin": adapter}).adapters
+    (one,) = proving.started({"twin": adapter}).adapters
     assert one.proven and one.proof == "difference" and one.distance_nat is None and one.tolerance_nat is None
 
 
