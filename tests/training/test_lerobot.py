@@ -113,6 +113,7 @@ JOINTS = ["waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_ro
     [
         ({"codebase_version": "v2.1"}, DataError, "v3"),
         ({"features": {"action": {"dtype": "float32", "shape": [7], "names": JOINTS}}}, DataError, "Joint commands"),
+        ({"features": {"action": {"dtype": "float32", "shape": [7]}}}, DataError, "named so"),
         ({"features": {"action": {"dtype": "float32", "shape": [6], "names": PARTS[:6]}}}, DataError, "7 values"),
         ({"features": {"observation.state": {"shape": [3]}}}, DataError, "expected 7 values"),
         ({"features": {CAMERA: {"dtype": "video", "shape": [48, 64, 3]}}}, NotBuiltError, "video"),

@@ -22,7 +22,7 @@ from vlm2vla_client.errors import NotCompletedError, SafetyStop
 from vlm2vla_client.keys import Keys, require_terminal
 from vlm2vla_client.operator_arm import OperatorArm, OperatorHeld, is_down, matrix_of, rotation_vector
 from vlm2vla_client.operator_bench import Bench, add_bench_arguments, robot_of
-from vlm2vla_client.operator_keys import RESUME_DEADLINE_S, Say, SpaceHolds, say_to_operator
+from vlm2vla_client.operator_keys import Say, SpaceHolds, key_of_operator, say_to_operator
 from vlm2vla_client.safety import Limits, Reason
 from vlm2vla_twin.kinematics import DOWN
 
@@ -210,12 +210,7 @@ class Touching:
     # --- one key --------------------------------------------------------------------------------------------------
 
     def _key(self) -> str:
-        key = self._keys.wait(RESUME_DEADLINE_S)
-        if key is None:
-            raise SafetyStop(f"no key for {RESUME_DEADLINE_S:.0f} s; the arm holds, nothing was written")
-        if key == "q":
-            raise KeyboardInterrupt
-        return key
+        return key_of_operator(self._keys)
 
     def _obey(self, key: str) -> None:
         if key == "t":

@@ -117,7 +117,6 @@ def _add_others(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
     evaluate.set_defaults(command=commands.evaluate)
 
 
-
 def _add_setting_up(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     settings = subparsers.add_parser("configure", help="write client.toml and limits.toml, by flags or by questions")
     configure.add_arguments(settings)

@@ -24,7 +24,7 @@ from vlm2vla_client.errors import ConfigurationError, NotCompletedError, SafetyS
 from vlm2vla_client.keys import Keys, require_terminal
 from vlm2vla_client.operator_arm import OperatorArm, OperatorHeld
 from vlm2vla_client.operator_bench import find_bench
-from vlm2vla_client.operator_keys import RESUME_DEADLINE_S, Say, SpaceHolds, say_to_operator
+from vlm2vla_client.operator_keys import Say, SpaceHolds, key_of_operator, say_to_operator
 
 FloatArray = NDArray[np.float64]
 
@@ -242,12 +242,7 @@ class Walk:
     def _key(self) -> str:
         """A key pressed from now on: one that was pressed before the question is no answer."""
         self._keys.pending()
-        key = self._keys.wait(RESUME_DEADLINE_S)
-        if key is None:
-            raise SafetyStop(f"no key for {RESUME_DEADLINE_S:.0f} s; the arm holds, nothing was written")
-        if key == "q":
-            raise KeyboardInterrupt
-        return key
+        return key_of_operator(self._keys)
 
     def _no(self, step: str, found: str) -> NotCompletedError:
         return NotCompletedError(f"{step}: {found}; the arm holds, nothing was written, it stays uncommissioned")

@@ -172,6 +172,21 @@ class HoldToRun(SpaceHolds):
         return None
 
 
+def key_of_operator(keys: Keys) -> str:
+    """The next key, while the arm stands.
+
+    Raises:
+        KeyboardInterrupt: it is ``q``.
+        SafetyStop: none in ten minutes, or the terminal is gone.
+    """
+    key = keys.wait(RESUME_DEADLINE_S)
+    if key is None:
+        raise SafetyStop(f"no key for {RESUME_DEADLINE_S:.0f} s; the arm holds, nothing was written")
+    if key == "q":
+        raise KeyboardInterrupt
+    return key
+
+
 def wait_until_quiet(keys: Keys) -> None:
     """Drops keys until none has come for half a second."""
     keys.pending()

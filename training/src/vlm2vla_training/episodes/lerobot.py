@@ -134,11 +134,12 @@ def _names(feature: dict[str, Any]) -> list[str]:
 def _check_motion(features: dict[str, Any]) -> None:
     feature = features.get(_ACTION, {})
     names, shape = _names(feature), feature.get("shape")
-    spatial = not names or all(axis in [*name.split("_"), name] for axis, name in zip(_AXES, names, strict=False))
+    spatial = len(names) == 7 and all(axis in name.split("_") for axis, name in zip(_AXES, names, strict=False))
     if shape is None or list(shape) != [7] or not spatial:
         raise DataError(
             f"'{_ACTION}' has shape {shape} and names {names}; expected 7 values: x, y, z, roll, pitch, yaw as motions "
-            "of the end effector in metres and radians, gripper 1 open. Joint commands cannot be put into words"
+            "of the end effector in metres and radians, gripper 1 open, and named so: seven joints have that shape too. "
+            "Joint commands cannot be put into words"
         )
 
 
