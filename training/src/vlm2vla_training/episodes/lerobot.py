@@ -138,7 +138,7 @@ def _check_motion(features: dict[str, Any]) -> None:
     if shape is None or list(shape) != [7] or not spatial:
         raise DataError(
             f"'{_ACTION}' has shape {shape} and names {names}; expected 7 values: x, y, z, roll, pitch, yaw as motions "
-            "of the end effector in metres and radians, gripper 1 open, and named so: seven joints have that shape too. "
+            "of the end effector in metres and radians, gripper 1 open, named so: seven joints have that shape too. "
             "Joint commands cannot be put into words"
         )
 
