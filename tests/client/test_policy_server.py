@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import time
 from dataclasses import replace
 from typing import Any
@@ -280,3 +282,19 @@ def test_the_key_travels_as_a_bearer_token_and_images_may_travel_as_file_parts()
     assert request.headers["authorization"] == "Bearer secret"
     assert request.headers["content-type"].startswith("multipart/form-data")
     assert b'filename="image.jpg"' in request.content and b"\xff\xd8" in request.content
+
+
+def test_text_and_pictures_arrive_as_they_were_given() -> None:
+    seen: list[dict[str, Any]] = []
+
+    def verify(request: httpx.Request) -> httpx.Response:
+        assert request.headers["content-type"] == "application/json"
+        seen.append(json.loads(request.content))
+        return httpx.Response(200, json={})
+
+    server = FakeServer(verify=verify)
+    text = 'a "quoted" \\ line\nand \u00e4\U0001f916'
+    pictures = {"before": bytes(range(256)), "after": b"\xff\xd8"}
+    server.connection().post("/verify", {"subtask": text, "next_subtask": None, "seed": 3}, pictures, 1.0)
+    encoded = {name: base64.b64encode(data).decode() for name, data in pictures.items()}
+    assert seen == [{"subtask": text, "next_subtask": None, "seed": 3, "deadline_ms": 1000, **encoded}]

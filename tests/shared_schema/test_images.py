@@ -6,6 +6,7 @@ import base64
 import contextlib
 import io
 import struct
+import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -225,6 +226,12 @@ def test_other_texts_are_refused(text: str) -> None:
         decode_image(data)
 
 
+@pytest.mark.parametrize("text", ["QUJDRA", "QUJDRA==QUJD", "QUJD====", "QU=D", "QUJ-", "QUJ_", "QUJD\n", "QUJD\0"])
+def test_base64_is_read_strictly(text: str) -> None:
+    with pytest.raises(ImageError, match="neither base64 nor"):
+        from_base64(text)
+
+
 def test_bridge_frame_size_round_trip() -> None:
     frame = gradient(256, 256)
     sent = encode_jpeg(frame)
@@ -243,6 +250,23 @@ def test_the_servers_way_to_a_square_gives_the_bits_of_trainings(kind: str, mode
     with ThreadPoolExecutor(2) as pool:
         assert np.array_equal(decode_to_square(buffer.getvalue(), size), expected)
         assert np.array_equal(decode_to_square(buffer.getvalue(), size, pool=pool), expected)
+
+
+@pytest.mark.parametrize("width, height", [(640, 480), (480, 640), (800, 800), (3000, 60), (20, 9000)])
+@pytest.mark.parametrize("size", [1, 3, 112, 224, 448, 896])
+@pytest.mark.parametrize("busy", [False, True])
+def test_large_pictures_are_shared_out_bit_for_bit_also_when_no_thread_is_free(
+    width: int, height: int, size: int, busy: bool
+) -> None:
+    noise = np.random.default_rng(size).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    data = encode_jpeg(noise, max_width=width, max_height=height)
+    free = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        if busy:
+            pool.submit(free.wait, 60)
+        square = decode_to_square(data, size, pool=pool)
+        free.set()
+    assert np.array_equal(square, to_model_square(decode_image(data), size))
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(448, 470))

@@ -100,6 +100,13 @@ def _parse(data: bytes, what: str) -> dict[str, Any]:
     return value
 
 
+def _json(values: Mapping[str, Any], images: Mapping[str, bytes]) -> bytes:
+    """One object of some values and base64 texts. The latter hold nothing to escape and are not searched for it."""
+    members = [json.dumps(values, allow_nan=False)[1:-1]]
+    members += [f'{json.dumps(name)}: "{to_base64(data)}"' for name, data in images.items()]
+    return f"{{{', '.join(members)}}}".encode()
+
+
 class ServerConnection:
     """One server, as seen by the policy, the verifier and ``vqa``.
 
@@ -155,7 +162,7 @@ class ServerConnection:
             PolicyError: as ``post``; also when the stream ends inside a line or grows over the size limit.
         """
         body = self._body(fields, images, deadline_s)
-        body["headers"] = {"Accept": "application/x-ndjson"}
+        body["headers"] = {**body.get("headers", {}), "Accept": "application/x-ndjson"}
         with self._open(path, "POST", body, deadline_s + GRACE_S) as (response, chunks):
             if "ndjson" not in response.headers.get("content-type", ""):
                 raise ProtocolMismatchError(
@@ -203,7 +210,7 @@ class ServerConnection:
         deadline_ms = max(1, round(min(deadline_s, MAX_DEADLINE_S) * 1000))
         values = {**fields, "deadline_ms": deadline_ms}
         if not self._multipart:
-            return {"json": {**values, **{name: to_base64(data) for name, data in images.items()}}}
+            return {"content": _json(values, images), "headers": {"Content-Type": "application/json"}}
         text = {k: v if isinstance(v, str) else json.dumps(v) for k, v in values.items() if v is not None}
         return {"data": text, "files": {name: (f"{name}.jpg", data, "image/jpeg") for name, data in images.items()}}
 

@@ -5,16 +5,16 @@ Arrays are uint8 [H, W, 3], RGB.
 
 from __future__ import annotations
 
-import base64
 import binascii
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import pybase64
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -27,10 +27,11 @@ MAX_PIXELS = 16_777_216
 """Default limit of `decode_image`: 4096 x 4096; a camera frame is 640 x 480."""
 
 _MAX_JPEG_SCANS = 100
-_STRIPS = 4
-_STRIPS_FROM_PX = 448  # below, threads cost more than they save
+_SHARED_FROM_PIXELS = 150_000  # below, a second thread costs more than it saves
+_LARGE_PX = 448  # from here on the second pass is worth sharing, and both among more threads
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _EIGHT_BIT_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "La", "CMYK", "YCbCr"})
+_Box: TypeAlias = tuple[int, int, int, int]
 _DATA_URL = re.compile(r"data:[A-Za-z0-9!#$&^_.+/;=-]{0,100};base64,")
 
 
@@ -67,7 +68,7 @@ def decode_to_square(
     """`to_model_square(decode_image(data, max_pixels), size)`, bit for bit, without the full picture in between.
 
     Args:
-        pool: threads that share the resizing to a large square; the caller must not be one of them.
+        pool: threads that share the resizing of a large picture; the caller, who works too, must not be one of them.
 
     Raises:
         ImageError: as `decode_image`.
@@ -107,7 +108,8 @@ def _check_complete(data: bytes, image: Image.Image) -> None:
         if data.count(b"\xff\xda") > _MAX_JPEG_SCANS:
             raise ImageError(f"the JPEG image has more than {_MAX_JPEG_SCANS} scans")
         # Inside a scan every 0xff byte is stuffed, so an end mark after the last start of a scan is the real one.
-        complete = data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
+        end = data.rfind(b"\xff\xd9")
+        complete = end >= 0 and data.find(b"\xff\xda", end) < 0
     if not complete:
         raise ImageError("the image is truncated; send the whole file")
 
@@ -123,23 +125,41 @@ def to_model_square(rgb: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
 
 def _squashed(image: Image.Image, size: int, pool: Executor | None = None) -> NDArray[np.uint8]:
     """Lanczos to [size, size, 3]. Pillow resizes rows first, then columns, with 8 bits a channel in between; in the
-    first pass every row is by itself, in the second every column, so strips of them on threads give the same bits."""
-    if pool is None or size < _STRIPS_FROM_PX:
+    first pass every row is by itself, in the second every column, so strips of them on threads give the same bits.
+    Pictures taller than wide are not shared out: some of them Pillow 13 resizes columns first."""
+    shared = image.height <= image.width and image.height * max(image.width, size) >= _SHARED_FROM_PIXELS
+    if pool is None or not shared:
         return np.array(image.resize((size, size), Image.Resampling.LANCZOS), dtype=np.uint8)
     image.load()  # now: strips would each start to decode
-    rows = [(0, top, image.width, low) for top, low in _strips(image.height)]
-    flat = pool.map(lambda box: image.crop(box).resize((size, box[3] - box[1]), Image.Resampling.LANCZOS), rows)
     narrow = Image.new("RGB", (size, image.height))
+    rows = [(0, top, image.width, low) for top, low in _strips(image.height, size)]
+    flat = _shared(pool, lambda box: _resized(image, box, (size, box[3] - box[1])), rows)
     for box, strip in zip(rows, flat, strict=True):
         narrow.paste(strip, (0, box[1]))
-    columns = [(left, 0, right, image.height) for left, right in _strips(size)]
-    done = pool.map(lambda box: narrow.crop(box).resize((box[2] - box[0], size), Image.Resampling.LANCZOS), columns)
+    if size < _LARGE_PX:
+        return np.array(narrow.resize((size, size), Image.Resampling.LANCZOS), dtype=np.uint8)
+    columns = [(left, 0, right, image.height) for left, right in _strips(size, size)]
+    done = _shared(pool, lambda box: _resized(narrow, box, (box[2] - box[0], size)), columns)
     return np.concatenate([np.asarray(strip) for strip in done], axis=1)
 
 
-def _strips(length: int) -> list[tuple[int, int]]:
-    edges = [length * part // _STRIPS for part in range(_STRIPS + 1)]
+def _resized(image: Image.Image, box: _Box, size: tuple[int, int]) -> Image.Image:
+    return image.crop(box).resize(size, Image.Resampling.LANCZOS)
+
+
+def _strips(length: int, size: int) -> list[tuple[int, int]]:
+    """Where to cut: in two for a small square, as more threads would cost more than they save."""
+    count = 4 if size >= _LARGE_PX else 2
+    edges = [length * part // count for part in range(count + 1)]
     return [(low, high) for low, high in pairwise(edges) if high > low]
+
+
+def _shared(pool: Executor, work: Callable[[_Box], Image.Image], boxes: Sequence[_Box]) -> list[Image.Image]:
+    """The work of each box: here the first, and whatever no thread of the pool has begun by then."""
+    others = [pool.submit(work, box) for box in boxes[1:]]
+    done = [work(boxes[0])]
+    done += [work(box) if other.cancel() else other.result() for box, other in zip(boxes[1:], others, strict=True)]
+    return done
 
 
 def from_base64(text: str) -> bytes:
@@ -150,7 +170,7 @@ def from_base64(text: str) -> bytes:
     """
     header = _DATA_URL.match(text)
     try:
-        data = base64.b64decode(text[header.end() :] if header else text, validate=True)
+        data = pybase64.b64decode(text[header.end() :] if header else text, validate=True)
     except (binascii.Error, ValueError) as error:
         message = "the image is neither base64 nor a data: URL in base64 (no line breaks, no other URLs)"
         raise ImageError(message) from error
@@ -161,7 +181,7 @@ def from_base64(text: str) -> bytes:
 
 def to_base64(data: bytes) -> str:
     """Encode bytes as base64 without line breaks."""
-    return base64.b64encode(data).decode("ascii")
+    return pybase64.b64encode_as_string(data)
 
 
 def _checked(rgb: Any) -> NDArray[np.uint8]:
