@@ -64,6 +64,7 @@ def _add_run(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     run.add_argument("--realtime", action="store_true", help="twin: let simulated seconds take as long as they say")
     run.add_argument("--dry-run", action="store_true", help="ask and check, but do not move")
     run.add_argument("--confirm", action="store_true", help="ask before every chunk")
+    run.add_argument("--shadow", action="store_true", help="the twin moves each chunk first, to foresee contact")
     run.add_argument("--hold-to-run", action="store_true", help="the arm moves only while SPACE is held down")
     run.add_argument("--allow-untrained", action="store_true", help="with --confirm: a policy never trained to act")
     run.add_argument("--json", action="store_true", help="one JSON object on standard output, nothing else")

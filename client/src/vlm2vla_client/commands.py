@@ -30,6 +30,7 @@ from vlm2vla_client.policies.random import RandomPolicy
 from vlm2vla_client.policies.server import ServerPolicy
 from vlm2vla_client.progress import ConsoleProgress, Progress, SilentProgress, printable
 from vlm2vla_client.recorder import new_episode_folder, plain
+from vlm2vla_client.shadow import open_shadow
 from vlm2vla_client.verifiers.chain import MEMBER_DEADLINE_S
 from vlm2vla_client.verifiers.choose import make_chain
 from vlm2vla_client.verifiers.outside import close_outside, open_outside
@@ -92,6 +93,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigurationError("--task must be 1..2000 characters of text")
     if arguments.confirm and arguments.execute == "streamed":
         raise ConfigurationError("--confirm needs --execute whole: a chunk is confirmed before it starts")
+    if arguments.shadow and arguments.execute == "streamed":
+        raise ConfigurationError("--shadow needs --execute whole: the twin moves the whole chunk before the arm starts")
     if robot in PHYSICAL_ROBOTS:
         return _run_on_arm(arguments, config, robot, eye, verifiers)
     return _run_in_twin(arguments, config, verifiers, eye)
@@ -134,6 +137,7 @@ def _run_on_arm(
         print(f"{robot} {arm_name} was never commissioned: --confirm --speed {speed:g} apply", file=sys.stderr)
     if confirm and arguments.execute == "streamed":
         raise ConfigurationError("--confirm needs --execute whole: a chunk is confirmed before it starts")
+    shadow = open_shadow(limits, speed) if arguments.shadow else None
     outside = open_outside(verifiers, config.gemini, config.folder, consent=arguments.gemini_consent)
     connection, model = connect(arguments, config), arguments.model or config.model
     try:
@@ -151,6 +155,7 @@ def _run_on_arm(
             dry_run=arguments.dry_run,
             confirm=confirm_on_terminal if confirm else None,
             operator=operator,
+            shadow=shadow,
             verify_deadline_s=MEMBER_DEADLINE_S * len(verifiers),
             min_free_bytes=config.min_free_disk_mb << 20,
         )
@@ -191,6 +196,7 @@ def _run_in_twin(
         limits=config.limits if arguments.config is not None else {},
         confirm=confirm_on_terminal if arguments.confirm else None,
         operator=operator,
+        shadow=arguments.shadow,
         outside=outside,
         camera=None if eye is None else open_camera(eye, SystemClock()),
         camera_name="twin" if eye is None else eye.name,

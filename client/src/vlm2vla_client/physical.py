@@ -28,6 +28,7 @@ from vlm2vla_client.robots.base import Robot
 from vlm2vla_client.robots.bridge import BridgeRobot, BridgeSettings
 from vlm2vla_client.robots.widowx import WidowXRobot, WidowXSettings
 from vlm2vla_client.safety import Limits
+from vlm2vla_client.shadow import Shadow
 from vlm2vla_client.verifiers.base import Verifier
 from vlm2vla_client.watch import Watch
 
@@ -45,6 +46,7 @@ class PhysicalRun:
     dry_run: bool = False
     confirm: Confirm | None = None
     operator: Operator = field(default_factory=NoOperator)
+    shadow: Shadow | None = None
     verify_deadline_s: float = 60.0
     min_free_bytes: int = MIN_FREE_BYTES
 
@@ -119,6 +121,7 @@ def run_on_arm(
                 progress=progress,
                 confirm=request.confirm,
                 operator=request.operator,
+                shadow=request.shadow,
             )
             return run_episode(parts, _loop_config(request, limits, name))
     finally:
@@ -137,5 +140,10 @@ def _loop_config(request: PhysicalRun, limits: Limits, robot: str) -> LoopConfig
         verify_deadline_s=request.verify_deadline_s,
         seed=request.seed,
         dry_run=request.dry_run,
-        recorded={"robot": robot, "speed": request.speed, "confirmed": request.confirm is not None},
+        recorded={
+            "robot": robot,
+            "speed": request.speed,
+            "confirmed": request.confirm is not None,
+            "shadow": request.shadow is not None,
+        },
     )

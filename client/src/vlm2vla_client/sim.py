@@ -35,6 +35,7 @@ from vlm2vla_client.recorder import MIN_FREE_BYTES, Recorder, plain, recorder_in
 from vlm2vla_client.robots.twin import TwinClock, TwinRobot
 from vlm2vla_client.safety import Limits
 from vlm2vla_client.scenes import SceneChoice, choose_scene
+from vlm2vla_client.shadow import open_shadow
 from vlm2vla_client.verifiers.base import Verifier
 from vlm2vla_client.verifiers.chain import MEMBER_DEADLINE_S
 from vlm2vla_client.verifiers.choose import make_chain
@@ -66,6 +67,7 @@ class SimRequest:
         animate: write ``episode.gif``.
         confirm: asked before every chunk.
         operator: whose keys hold the arm.
+        shadow: a second, bare twin moves every chunk first.
         outside: verifiers that the caller made and closes (``verifiers.outside``), by name.
         camera: a real one or a recording, dated by the system's clock, in place of the twin's; its name beside it.
         min_free_bytes: what the recording leaves free on its disk.
@@ -87,6 +89,7 @@ class SimRequest:
     limits: Mapping[str, Any] = field(default_factory=dict)
     confirm: Confirm | None = None
     operator: Operator = field(default_factory=NoOperator)
+    shadow: bool = False
     outside: Mapping[str, Verifier] = field(default_factory=dict)
     camera: Camera | None = None
     camera_name: str = "twin"
@@ -207,6 +210,7 @@ def _recorded(request: SimRequest) -> dict[str, Any]:
         "seed": choice.seed,
         "speed": request.speed,
         "realtime": request.realtime,
+        "shadow": request.shadow,
         "objects": [{"name": item.name, "position_m": item.position_m} for item in choice.spec.objects],
         "scene_spec": plain(choice.spec),
     }
@@ -267,6 +271,7 @@ def run_parts(
             progress=progress,
             confirm=request.confirm,
             operator=request.operator,
+            shadow=open_shadow(bench.limits, request.speed) if request.shadow else None,
             judge=make_judge(request.choice, bench, planning),
         )
         result = run_episode(parts, _loop_config(request, bench.limits))
