@@ -18,7 +18,14 @@ from vlm2vla_client.cameras.base import Camera
 from vlm2vla_client.cameras.choose import CameraOptions, open_camera
 from vlm2vla_client.clock import SystemClock
 from vlm2vla_client.commissioning import is_commissioned, restrain
-from vlm2vla_client.config import PHYSICAL_ROBOTS, ClientConfig, check_server_url, load_config, split_verifiers
+from vlm2vla_client.config import (
+    PHYSICAL_ROBOTS,
+    ClientConfig,
+    check_server_url,
+    load_config,
+    refuse_read_only,
+    split_verifiers,
+)
 from vlm2vla_client.confirm import confirm_on_terminal
 from vlm2vla_client.episode import EpisodeResult
 from vlm2vla_client.errors import ConfigurationError, NotBuiltError, ProtocolMismatchError, RecordingError
@@ -86,6 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
     robot = arguments.robot or ("twin" if arguments.sim else config.robot)
     camera = arguments.camera or ("twin" if arguments.sim else config.camera)
     verifiers = split_verifiers(arguments.verifier or ("server" if arguments.sim else config.verifier))
+    refuse_read_only(robot)
     if robot == "replay":
         raise NotBuiltError("no run has the robot 'replay'; `vlm2vla-client replay EPISODE` moves a recording again")
     eye = camera_options(arguments, camera)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vlm2vla_client import physical
 from vlm2vla_client.clock import Clock, SystemClock
-from vlm2vla_client.config import PHYSICAL_ROBOTS, ClientConfig, load_config
+from vlm2vla_client.config import PHYSICAL_ROBOTS, ClientConfig, load_config, refuse_read_only
 from vlm2vla_client.errors import ConfigurationError, NotBuiltError, RobotError
 from vlm2vla_client.executor import Monitor, NoMonitor
 from vlm2vla_client.operator_arm import OperatorArm
@@ -114,6 +114,7 @@ def robot_of(arguments: argparse.Namespace, config: ClientConfig) -> str:
     name = "twin" if arguments.sim else arguments.robot or config.robot
     if arguments.sim and arguments.robot:
         raise ConfigurationError("--sim is the twin: leave out --robot")
+    refuse_read_only(name)
     if name == "replay":
         raise NotBuiltError("the robot 'replay' only repeats recordings: give --robot or --sim")
     return str(name)

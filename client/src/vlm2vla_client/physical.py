@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from vlm2vla_client.cameras.base import Camera
 from vlm2vla_client.clock import Clock, SystemClock
-from vlm2vla_client.config import ClientConfig, make_limits
+from vlm2vla_client.config import ClientConfig, make_limits, refuse_read_only
 from vlm2vla_client.confirm import Confirm
 from vlm2vla_client.episode import EpisodeResult, LoopConfig, Parts
 from vlm2vla_client.errors import ConfigurationError
@@ -55,7 +55,7 @@ def make_robot(name: str, config: ClientConfig) -> tuple[Robot, str]:
     """The arm by its name, not yet connected, and what it is called in the record of its commissioning.
 
     Raises:
-        ConfigurationError: an unknown name, or a table of client.toml that cannot be right.
+        ConfigurationError: an unknown name, one that is only read, or a table of client.toml that cannot be right.
     """
     if name == "widowx":
         widowx = WidowXSettings.from_table(config.arms.get("widowx", {}))
@@ -63,6 +63,7 @@ def make_robot(name: str, config: ClientConfig) -> tuple[Robot, str]:
     if name == "bridge":
         bridge = BridgeSettings.from_table(config.arms.get("bridge", {}))
         return BridgeRobot(bridge), f"{bridge.host}:{bridge.port}"
+    refuse_read_only(name)
     raise ConfigurationError(f"unknown physical robot {name!r}; known are widowx, bridge")
 
 
