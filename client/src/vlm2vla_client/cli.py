@@ -19,6 +19,7 @@ from vlm2vla_client import calibrate, commands, configure, doctor, home
 from vlm2vla_client.bench import options as bench_options
 from vlm2vla_client.config import CAMERAS, POLICIES, ROBOTS, VERIFIERS
 from vlm2vla_client.errors import ClientError
+from vlm2vla_client.live_rerun import VIEWER
 from vlm2vla_client.operator_bench import speed
 from vlm2vla_client.progress import printable
 
@@ -66,6 +67,7 @@ def _add_run(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     run.add_argument("--confirm", action="store_true", help="ask before every chunk")
     run.add_argument("--shadow", action="store_true", help="the twin moves each chunk first, to foresee contact")
     run.add_argument("--hold-to-run", action="store_true", help="the arm moves only while SPACE is held down")
+    run.add_argument("--rerun", nargs="?", const=VIEWER, metavar="WHERE", help="show it live in Rerun (see operate.md)")
     run.add_argument("--allow-untrained", action="store_true", help="with --confirm: a policy never trained to act")
     run.add_argument("--json", action="store_true", help="one JSON object on standard output, nothing else")
     _add_server(run)

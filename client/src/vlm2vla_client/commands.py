@@ -30,6 +30,7 @@ from vlm2vla_client.confirm import confirm_on_terminal
 from vlm2vla_client.episode import EpisodeResult
 from vlm2vla_client.errors import ConfigurationError, NotBuiltError, ProtocolMismatchError, RecordingError
 from vlm2vla_client.http import ServerConnection
+from vlm2vla_client.live_rerun import open_live
 from vlm2vla_client.operator_keys import operator_of_run
 from vlm2vla_client.pictures import read_picture
 from vlm2vla_client.policies.base import PolicyInfo
@@ -146,6 +147,7 @@ def _run_on_arm(
     if confirm and arguments.execute == "streamed":
         raise ConfigurationError("--confirm needs --execute whole: a chunk is confirmed before it starts")
     shadow = open_shadow(limits, speed) if arguments.shadow else None
+    live = open_live(arguments.rerun)
     outside = open_outside(verifiers, config.gemini, config.folder, consent=arguments.gemini_consent)
     connection, model = connect(arguments, config), arguments.model or config.model
     try:
@@ -166,6 +168,7 @@ def _run_on_arm(
             shadow=shadow,
             verify_deadline_s=MEMBER_DEADLINE_S * len(verifiers),
             min_free_bytes=config.min_free_disk_mb << 20,
+            live=live,
         )
         seen = open_camera(eye, SystemClock())
         return _recorded(
@@ -173,6 +176,8 @@ def _run_on_arm(
             lambda *place: physical.run_on_arm(request, arm, seen, policy, verifier, limits, *place),
         )
     finally:
+        if live is not None:
+            live.close()
         connection.close()
         close_outside(outside)
 
@@ -187,6 +192,7 @@ def _run_in_twin(
         raise ConfigurationError(f"{SIM_EXTRA} ({error})") from None
     operator = operator_of_run(arguments.hold_to_run)
     choice = choose_scene(arguments.task, arguments.scene, arguments.seed, arguments.scenario)
+    live = open_live(arguments.rerun)
     outside = open_outside(verifiers, config.gemini, config.folder, consent=arguments.gemini_consent)
     connection = connect(arguments, config)
     request = SimRequest(
@@ -209,10 +215,13 @@ def _run_in_twin(
         camera=None if eye is None else open_camera(eye, SystemClock()),
         camera_name="twin" if eye is None else eye.name,
         min_free_bytes=config.min_free_disk_mb << 20,
+        live=live,
     )
     try:
         return _recorded(arguments, lambda folder, progress: run_in_twin(request, folder, progress))
     finally:
+        if live is not None:
+            live.close()
         connection.close()
         close_outside(outside)
 

@@ -178,7 +178,13 @@ class _Episode:
         parts.moves.look(before)
         number = parts.recorder.frame(before)  # while the request is on its way: a slow disk must not age the frame
         self._record(
-            "request", stage="cycle", subtask=subtask, frame=number, frame_id=before.frame_id, frame_age_s=frame_age_s
+            "request",
+            stage="cycle",
+            subtask=subtask,
+            frame=number,
+            frame_id=before.frame_id,
+            frame_age_s=frame_age_s,
+            position_m=captured_m,
         )
         answer = Answer(arrivals, parts, self.config, self._record, sent_s, frame_age_s)
         try:

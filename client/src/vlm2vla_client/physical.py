@@ -18,6 +18,7 @@ from vlm2vla_client.confirm import Confirm
 from vlm2vla_client.episode import EpisodeResult, LoopConfig, Parts
 from vlm2vla_client.errors import ConfigurationError
 from vlm2vla_client.executor import Executor, Monitors
+from vlm2vla_client.live import LiveView
 from vlm2vla_client.loop import run_episode
 from vlm2vla_client.moves import Moves
 from vlm2vla_client.operator_keys import NoOperator, Operator
@@ -49,6 +50,7 @@ class PhysicalRun:
     shadow: Shadow | None = None
     verify_deadline_s: float = 60.0
     min_free_bytes: int = MIN_FREE_BYTES
+    live: LiveView | None = None
 
 
 def make_robot(name: str, config: ClientConfig) -> tuple[Robot, str]:
@@ -103,7 +105,7 @@ def run_on_arm(
         robot.connect()
         camera.start()
         progress.started(request.task, f"{name}, speed {request.speed:g}, policy {policy.info().name}")
-        with recorder_in(folder, request.min_free_bytes) as recorder:
+        with recorder_in(folder, request.min_free_bytes, request.live) as recorder:
             recorder.limits(limits)
             moves = Moves(recorder, progress, robot, camera, limits)
             watch = Watch(policy, camera)

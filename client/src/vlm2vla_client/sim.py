@@ -22,6 +22,7 @@ from vlm2vla_client.episode import EpisodeResult, LoopConfig, Parts
 from vlm2vla_client.errors import ConfigurationError
 from vlm2vla_client.executor import Executor, Monitors
 from vlm2vla_client.http import ServerConnection
+from vlm2vla_client.live import LiveView
 from vlm2vla_client.loop import run_episode
 from vlm2vla_client.moves import Moves
 from vlm2vla_client.operator_keys import NoOperator, Operator
@@ -71,6 +72,7 @@ class SimRequest:
         outside: verifiers that the caller made and closes (``verifiers.outside``), by name.
         camera: a real one or a recording, dated by the system's clock, in place of the twin's; its name beside it.
         min_free_bytes: what the recording leaves free on its disk.
+        live: shows what is recorded; the caller closes it.
     """
 
     task: str
@@ -94,6 +96,7 @@ class SimRequest:
     camera: Camera | None = None
     camera_name: str = "twin"
     min_free_bytes: int = MIN_FREE_BYTES
+    live: LiveView | None = None
 
 
 @dataclass
@@ -251,7 +254,7 @@ def run_parts(
     animation = Animation() if request.animate else None
     progress.started(request.task, f"twin, scene {request.choice.name}, seed {request.choice.seed}, policy {info.name}")
     clock: Clock = bench.clock
-    with recorder_in(folder, request.min_free_bytes) as recorder:
+    with recorder_in(folder, request.min_free_bytes, request.live) as recorder:
         recorder.limits(bench.limits)
         display = animation.add if animation is not None else None
         moves = Moves(recorder, progress, bench.robot, bench.camera, bench.limits, display)
