@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from vlm2vla_client import calibrate, commands, configure, doctor, home
+from vlm2vla_client import calibrate, commands, configure, doctor, home, teleop
 from vlm2vla_client.bench import options as bench_options
 from vlm2vla_client.config import CAMERAS, POLICIES, ROBOTS, VERIFIERS
 from vlm2vla_client.errors import ClientError
@@ -132,6 +132,11 @@ def _add_setting_up(subparsers: argparse._SubParsersAction[argparse.ArgumentPars
     touch = subparsers.add_parser("calibrate", help="touch the counter at three points and write limits.toml")
     calibrate.add_arguments(touch)
     touch.set_defaults(command=calibrate.calibrate)
+
+    drive = subparsers.add_parser("teleop", help="move the arm by the keyboard, recorded as an episode to learn from")
+    teleop.add_arguments(drive)
+    _add_camera(drive)
+    drive.set_defaults(command=teleop.teleop)
 
     check = subparsers.add_parser("doctor", help="check server, camera, arm, verifier and limits; name every remedy")
     doctor.add_arguments(check)

@@ -88,6 +88,12 @@ def _is_text(text: str) -> bool:
     return True
 
 
+def check_task(task: str) -> None:
+    """Raises ConfigurationError when it is no task that a model could be asked."""
+    if not task.strip() or len(task) > 2000 or not _is_text(task):
+        raise ConfigurationError("--task must be 1..2000 characters of text")
+
+
 def run(arguments: argparse.Namespace) -> int:
     """``run``: one episode, recorded, with its page and its animation."""
     config = load_config(arguments.config)
@@ -98,8 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
     if robot == "replay":
         raise NotBuiltError("no run has the robot 'replay'; `vlm2vla-client replay EPISODE` moves a recording again")
     eye = camera_options(arguments, camera)
-    if not arguments.task.strip() or len(arguments.task) > 2000 or not _is_text(arguments.task):
-        raise ConfigurationError("--task must be 1..2000 characters of text")
+    check_task(arguments.task)
     if arguments.confirm and arguments.execute == "streamed":
         raise ConfigurationError("--confirm needs --execute whole: a chunk is confirmed before it starts")
     if arguments.shadow and arguments.execute == "streamed":
