@@ -7,7 +7,7 @@
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 DEV_TOOLS=(ruff mypy pytest pytest-timeout hypothesis import-linter openai schemathesis
-           pyrealsense2 opencv-python-headless) # the last two: the client's extras realsense and video, tested for real
+           pyrealsense2 opencv-python-headless dynamixel-sdk rerun-sdk) # the last four: extras of the client, tested for real
 GL_PACKAGES="libegl1 libegl-mesa0 libgl1-mesa-dri libgl1"
 
 say() { printf '%s\n' "$*"; }

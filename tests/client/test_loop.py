@@ -30,6 +30,7 @@ from vlm2vla_client.policies.base import Answered, Asked, CycleEvent, PolicyInfo
 from vlm2vla_client.progress import SilentProgress
 from vlm2vla_client.recorder import RecordedEpisode, Recorder, read_episode
 from vlm2vla_client.safety import Limits
+from vlm2vla_client.shadow import Shadow
 from vlm2vla_client.verifiers.base import Verifier
 from vlm2vla_client.verifiers.chain import ChainVerifier
 from vlm2vla_client.verifiers.none import NoVerifier
@@ -54,6 +55,7 @@ class Bench:
     confirm: Any = None
     judge: Any = None
     operator: Operator = field(default_factory=NoOperator)
+    shadow: Shadow | None = None
     free_bytes: Any = lambda folder: 1 << 40
 
     def run(self) -> EpisodeResult:
@@ -76,6 +78,7 @@ class Bench:
             confirm=self.confirm,
             judge=self.judge,
             operator=self.operator,
+            shadow=self.shadow,
         )
         try:
             return run_episode(parts, LoopConfig(task="pick up the carrot", episode_id=EPISODE, **self.config))

@@ -79,10 +79,10 @@ def test_the_gemini_verifier_is_an_extra_that_pulls_no_model_library(wheels: Pat
     assert not names.keys() & (MODEL_LIBRARIES | {"mujoco", "vlm2vla-server"})
 
 
-def test_the_drivers_of_cameras_are_extras_that_pull_no_model_library(wheels: Path, empty_environment: Path) -> None:
-    drivers = {"pyrealsense2", "opencv-python-headless"}
+def test_drivers_of_cameras_and_motors_are_extras_without_model_library(wheels: Path, empty_environment: Path) -> None:
+    drivers = {"pyrealsense2", "opencv-python-headless", "dynamixel-sdk", "rerun-sdk"}
     assert not would_install(empty_environment, wheels, "vlm2vla-client").keys() & drivers
-    names = would_install(empty_environment, wheels, "vlm2vla-client[realsense,video]")
+    names = would_install(empty_environment, wheels, "vlm2vla-client[realsense,video,dynamixel,rerun]")
     assert drivers <= names.keys()
     assert not names.keys() & (MODEL_LIBRARIES | {"mujoco", "vlm2vla-server"})
 

@@ -8,7 +8,7 @@ from twin_drive import Drive, height_m, scene
 
 from vlm2vla_twin import kinematics
 from vlm2vla_twin.physics import UnreachableError, World
-from vlm2vla_twin.scene import COUNTER_Z_M, KINDS, SceneSpec, resting
+from vlm2vla_twin.scene import COUNTER_Z_M, KINDS, Bench, SceneSpec, resting
 from vlm2vla_twin.tasks import SUITES, kitchen_scene
 
 EVERYTHING = scene(
@@ -192,3 +192,17 @@ def test_the_full_kitchen_is_still_too() -> None:
     world.step(2.0)
     for name, position in before.items():
         assert float(np.linalg.norm(world.object_pose(name)[0] - position)) < 0.001, name
+
+
+def test_another_bench_stands_where_it_is_told_and_every_moving_link_is_measured_against_it() -> None:
+    box = ((0.34, -0.10, 0.30), (0.40, 0.10, 0.40))
+    world = World(SceneSpec(seed=0), bench=Bench(counter_z_m=0.05, wall_x_m=0.36, boxes=(box,)))
+    gaps = world.arm_gaps_m(0.2)
+    # The gripper points down at (0.30, 0, 0.15): pads 9 mm, hand 18 mm thick to either side, the site at the pads' end.
+    assert gaps["left_finger", "counter"] == pytest.approx(0.10, abs=0.002)
+    assert gaps["left_finger", "wall"] == pytest.approx(0.05, abs=0.002)
+    assert gaps["gripper_link", "wall"] == pytest.approx(0.042, abs=0.002)
+    assert gaps["wrist_link", "box_0"] == pytest.approx(0.021, abs=0.004)
+    assert not {link for link, _ in gaps} & {"base_link", "world"}
+    assert not [gap_m for gap_m in world.arm_gaps_m(0.045).values() if gap_m > 0.045]
+    assert not World(SceneSpec(seed=0)).arm_gaps_m(0.045), "the kitchen's own counter and wall are farther"

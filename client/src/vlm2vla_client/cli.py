@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from vlm2vla_client import calibrate, commands, configure, doctor, home
+from vlm2vla_client import calibrate, commands, configure, doctor, home, teleop
 from vlm2vla_client.bench import options as bench_options
 from vlm2vla_client.config import CAMERAS, POLICIES, ROBOTS, VERIFIERS
 from vlm2vla_client.errors import ClientError
+from vlm2vla_client.live_rerun import VIEWER
 from vlm2vla_client.operator_bench import speed
 from vlm2vla_client.progress import printable
 
@@ -64,7 +65,9 @@ def _add_run(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     run.add_argument("--realtime", action="store_true", help="twin: let simulated seconds take as long as they say")
     run.add_argument("--dry-run", action="store_true", help="ask and check, but do not move")
     run.add_argument("--confirm", action="store_true", help="ask before every chunk")
+    run.add_argument("--shadow", action="store_true", help="the twin moves each chunk first, to foresee contact")
     run.add_argument("--hold-to-run", action="store_true", help="the arm moves only while SPACE is held down")
+    run.add_argument("--rerun", nargs="?", const=VIEWER, metavar="WHERE", help="show it live in Rerun (see operate.md)")
     run.add_argument("--allow-untrained", action="store_true", help="with --confirm: a policy never trained to act")
     run.add_argument("--json", action="store_true", help="one JSON object on standard output, nothing else")
     _add_server(run)
@@ -129,6 +132,11 @@ def _add_setting_up(subparsers: argparse._SubParsersAction[argparse.ArgumentPars
     touch = subparsers.add_parser("calibrate", help="touch the counter at three points and write limits.toml")
     calibrate.add_arguments(touch)
     touch.set_defaults(command=calibrate.calibrate)
+
+    drive = subparsers.add_parser("teleop", help="move the arm by the keyboard, recorded as an episode to learn from")
+    teleop.add_arguments(drive)
+    _add_camera(drive)
+    drive.set_defaults(command=teleop.teleop)
 
     check = subparsers.add_parser("doctor", help="check server, camera, arm, verifier and limits; name every remedy")
     doctor.add_arguments(check)

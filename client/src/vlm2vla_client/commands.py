@@ -18,11 +18,19 @@ from vlm2vla_client.cameras.base import Camera
 from vlm2vla_client.cameras.choose import CameraOptions, open_camera
 from vlm2vla_client.clock import SystemClock
 from vlm2vla_client.commissioning import is_commissioned, restrain
-from vlm2vla_client.config import PHYSICAL_ROBOTS, ClientConfig, check_server_url, load_config, split_verifiers
+from vlm2vla_client.config import (
+    PHYSICAL_ROBOTS,
+    ClientConfig,
+    check_server_url,
+    load_config,
+    refuse_read_only,
+    split_verifiers,
+)
 from vlm2vla_client.confirm import confirm_on_terminal
 from vlm2vla_client.episode import EpisodeResult
 from vlm2vla_client.errors import ConfigurationError, NotBuiltError, ProtocolMismatchError, RecordingError
 from vlm2vla_client.http import ServerConnection
+from vlm2vla_client.live_rerun import open_live
 from vlm2vla_client.operator_keys import operator_of_run
 from vlm2vla_client.pictures import read_picture
 from vlm2vla_client.policies.base import PolicyInfo
@@ -30,6 +38,7 @@ from vlm2vla_client.policies.random import RandomPolicy
 from vlm2vla_client.policies.server import ServerPolicy
 from vlm2vla_client.progress import ConsoleProgress, Progress, SilentProgress, printable
 from vlm2vla_client.recorder import new_episode_folder, plain
+from vlm2vla_client.shadow import open_shadow
 from vlm2vla_client.verifiers.chain import MEMBER_DEADLINE_S
 from vlm2vla_client.verifiers.choose import make_chain
 from vlm2vla_client.verifiers.outside import close_outside, open_outside
@@ -79,19 +88,27 @@ def _is_text(text: str) -> bool:
     return True
 
 
+def check_task(task: str) -> None:
+    """Raises ConfigurationError when it is no task that a model could be asked."""
+    if not task.strip() or len(task) > 2000 or not _is_text(task):
+        raise ConfigurationError("--task must be 1..2000 characters of text")
+
+
 def run(arguments: argparse.Namespace) -> int:
     """``run``: one episode, recorded, with its page and its animation."""
     config = load_config(arguments.config)
     robot = arguments.robot or ("twin" if arguments.sim else config.robot)
     camera = arguments.camera or ("twin" if arguments.sim else config.camera)
     verifiers = split_verifiers(arguments.verifier or ("server" if arguments.sim else config.verifier))
+    refuse_read_only(robot)
     if robot == "replay":
         raise NotBuiltError("no run has the robot 'replay'; `vlm2vla-client replay EPISODE` moves a recording again")
     eye = camera_options(arguments, camera)
-    if not arguments.task.strip() or len(arguments.task) > 2000 or not _is_text(arguments.task):
-        raise ConfigurationError("--task must be 1..2000 characters of text")
+    check_task(arguments.task)
     if arguments.confirm and arguments.execute == "streamed":
         raise ConfigurationError("--confirm needs --execute whole: a chunk is confirmed before it starts")
+    if arguments.shadow and arguments.execute == "streamed":
+        raise ConfigurationError("--shadow needs --execute whole: the twin moves the whole chunk before the arm starts")
     if robot in PHYSICAL_ROBOTS:
         return _run_on_arm(arguments, config, robot, eye, verifiers)
     return _run_in_twin(arguments, config, verifiers, eye)
@@ -134,6 +151,8 @@ def _run_on_arm(
         print(f"{robot} {arm_name} was never commissioned: --confirm --speed {speed:g} apply", file=sys.stderr)
     if confirm and arguments.execute == "streamed":
         raise ConfigurationError("--confirm needs --execute whole: a chunk is confirmed before it starts")
+    shadow = open_shadow(limits, speed) if arguments.shadow else None
+    live = open_live(arguments.rerun)
     outside = open_outside(verifiers, config.gemini, config.folder, consent=arguments.gemini_consent)
     connection, model = connect(arguments, config), arguments.model or config.model
     try:
@@ -151,8 +170,10 @@ def _run_on_arm(
             dry_run=arguments.dry_run,
             confirm=confirm_on_terminal if confirm else None,
             operator=operator,
+            shadow=shadow,
             verify_deadline_s=MEMBER_DEADLINE_S * len(verifiers),
             min_free_bytes=config.min_free_disk_mb << 20,
+            live=live,
         )
         seen = open_camera(eye, SystemClock())
         return _recorded(
@@ -160,6 +181,8 @@ def _run_on_arm(
             lambda *place: physical.run_on_arm(request, arm, seen, policy, verifier, limits, *place),
         )
     finally:
+        if live is not None:
+            live.close()
         connection.close()
         close_outside(outside)
 
@@ -174,6 +197,7 @@ def _run_in_twin(
         raise ConfigurationError(f"{SIM_EXTRA} ({error})") from None
     operator = operator_of_run(arguments.hold_to_run)
     choice = choose_scene(arguments.task, arguments.scene, arguments.seed, arguments.scenario)
+    live = open_live(arguments.rerun)
     outside = open_outside(verifiers, config.gemini, config.folder, consent=arguments.gemini_consent)
     connection = connect(arguments, config)
     request = SimRequest(
@@ -191,14 +215,18 @@ def _run_in_twin(
         limits=config.limits if arguments.config is not None else {},
         confirm=confirm_on_terminal if arguments.confirm else None,
         operator=operator,
+        shadow=arguments.shadow,
         outside=outside,
         camera=None if eye is None else open_camera(eye, SystemClock()),
         camera_name="twin" if eye is None else eye.name,
         min_free_bytes=config.min_free_disk_mb << 20,
+        live=live,
     )
     try:
         return _recorded(arguments, lambda folder, progress: run_in_twin(request, folder, progress))
     finally:
+        if live is not None:
+            live.close()
         connection.close()
         close_outside(outside)
 

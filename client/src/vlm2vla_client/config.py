@@ -9,7 +9,7 @@
     [gemini]              # see verifiers/gemini_settings.py
     model = "gemini-2.5-pro"
 
-    [widowx]              # how its driver is reached: robots/widowx.py; [bridge]: robots/bridge.py
+    [widowx]              # how its driver is reached: robots/widowx.py; [bridge], [dynamixel]: the files of that name
     setup = ["/opt/ros/noetic/setup.bash"]
 
 ``limits.toml`` beside it holds what was measured on this bench (``counter_z_m``, ``wall_x_m``) and any other field of
@@ -37,11 +37,12 @@ from vlm2vla_client.verifiers.gemini_settings import GeminiSettings, Price
 from vlm2vla_twin.kinematics import MAX_JOINT_SPEED_RAD_S
 
 DEFAULT_SERVER = "http://127.0.0.1:8000"
-ROBOTS = ("twin", "widowx", "bridge", "replay")
+ROBOTS = ("twin", "widowx", "bridge", "dynamixel", "replay")
 CAMERAS = ("twin", "realsense", "video", "images", "v4l2")
 VERIFIERS = ("gemini", "server", "human", "twin", "none")
 POLICIES = ("server", "expert", "random", "swapped")
-PHYSICAL_ROBOTS = ARM_TABLES = ("widowx", "bridge")
+PHYSICAL_ROBOTS = ("widowx", "bridge")
+ARM_TABLES = (*PHYSICAL_ROBOTS, "dynamixel")
 LIMITS_FILE = "limits.toml"
 
 
@@ -69,7 +70,7 @@ class ClientFile(BaseModel):
         min_free_disk_mb: MiB that recordings leave free on their disk; 0 never looks.
         limits: overrides of the safety limits, by the names of ``Limits``; ``limits.toml`` beside it adds to them.
         home: where ``vlm2vla-client home`` goes, metres in the base frame.
-        widowx, bridge: how that arm's driver is reached; checked by the robot that is used.
+        widowx, bridge, dynamixel: how that arm is reached; checked by the robot that is used.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -86,6 +87,7 @@ class ClientFile(BaseModel):
     home: HomePose = Field(default_factory=HomePose)
     widowx: dict[str, Any] = Field(default_factory=dict)
     bridge: dict[str, Any] = Field(default_factory=dict)
+    dynamixel: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def arms(self) -> dict[str, dict[str, Any]]:
@@ -249,6 +251,19 @@ def check_server_url(url: str) -> str:
     if not url.startswith(("http://", "https://")) or len(url) < 10:
         raise ConfigurationError(f"--server must look like {DEFAULT_SERVER}, received {url!r}")
     return url.rstrip("/")
+
+
+def refuse_read_only(robot: str) -> None:
+    """Motors that are read without their driver are never moved.
+
+    Raises:
+        ConfigurationError: ``robot`` is ``dynamixel``.
+    """
+    if robot == "dynamixel":
+        raise ConfigurationError(
+            "the robot 'dynamixel' is only read, by `vlm2vla-client doctor --robot dynamixel`; it moves through its "
+            "driver: give --robot widowx or bridge, or --sim"
+        )
 
 
 def split_verifiers(text: str) -> tuple[str, ...]:

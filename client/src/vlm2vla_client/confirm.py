@@ -11,20 +11,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vlm2vla_client.progress import printable, row_text
+from vlm2vla_client.shadow import Forecast
 from vlm2vla_schema.errors import ParseError
 from vlm2vla_schema.parsing import parse_motion_plan
 
 MAX_SUBTASK_CHARS = 2000
+FORBIDDEN = "  the twin met something that the arm must not touch; only the whole word `yes` moves all the same\n"
 QUESTION = "  move? [y]es, [n]o and plan anew, other words for the [s]ubtask{plan}, [q]uit: "
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A chunk that has not moved yet. rows: [n][dx_m, dy_m, dz_m, gripper]; motion_plan: None without that stage."""
+    """A chunk that has not moved yet. rows: [n][dx_m, dy_m, dz_m, gripper]; motion_plan: None without that stage.
+
+    forecast: how it went in the twin; None without ``--shadow``.
+    """
 
     subtask: str
     motion_plan: str | None
     rows: Sequence[Sequence[float]]
+    forecast: Forecast | None = None
 
 
 @dataclass(frozen=True)
@@ -43,12 +49,19 @@ Confirm = Callable[[Proposal], bool | Edit]
 
 
 def confirm_on_terminal(proposal: Proposal) -> bool | Edit:
-    """Shows the chunk and asks; anything but a clear answer is no, an end of input or ``q`` ends the episode."""
+    """Shows the chunk and asks; anything but a clear answer is no, an end of input or ``q`` ends the episode.
+
+    Where the twin met something forbidden, ``y`` is not clear enough.
+    """
     _say(f"  subtask  {printable(proposal.subtask)}\n  plan     {printable(proposal.motion_plan or '-')}\n")
     here = [0.0, 0.0, 0.0]
     for index, row in enumerate(proposal.rows):
         here = [at + step for at, step in zip(here, row[:3], strict=True)]
         _say(f"  row {index:<5}{row_text(row)}   then at {row_text([*here, row[3]])} from here\n")
+    forbidden = proposal.forecast is not None and proposal.forecast.forbidden
+    for line in proposal.forecast.lines() if proposal.forecast is not None else ():
+        _say(f"  shadow   {printable(line)}\n")
+    _say(FORBIDDEN if forbidden else "")
     plans = proposal.motion_plan is not None  # without that stage (-NR) there is no plan to follow
     answer = _line(QUESTION.format(plan=" or the [p]lan" if plans else "")).lower()
     if answer in ("q", "quit"):
@@ -57,7 +70,7 @@ def confirm_on_terminal(proposal: Proposal) -> bool | Edit:
         return _edited(proposal, _line("  subtask: "), None)
     if plans and answer in ("p", "plan"):
         return _edited(proposal, proposal.subtask, _line("  motion plan: "))
-    return answer in ("y", "yes")
+    return answer == "yes" or (answer == "y" and not forbidden)
 
 
 def _edited(proposal: Proposal, subtask: str, plan: str | None) -> bool | Edit:

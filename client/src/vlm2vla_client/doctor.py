@@ -17,6 +17,7 @@ from vlm2vla_client.commissioning import UNCOMMISSIONED_SPEED, is_commissioned
 from vlm2vla_client.config import (
     CAMERAS,
     LIMITS_FILE,
+    PHYSICAL_ROBOTS,
     ROBOTS,
     ClientConfig,
     check_server_url,
@@ -95,7 +96,7 @@ def examine(arguments: argparse.Namespace) -> list[Finding]:
     else:
         findings = [_about_file(config, arguments.sim)]
     wanted = _wanted(arguments, config)
-    if wanted.robot != "twin":
+    if wanted.robot in PHYSICAL_ROBOTS:
         findings.append(_about_limits(config))
         findings += _about_commissioning(wanted)
     findings += _about_server(wanted, arguments.api_key or config.api_key)

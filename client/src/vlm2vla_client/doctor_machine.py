@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlm2vla_client.errors import ConfigurationError, RobotError
+from vlm2vla_client.robots.dynamixel import DynamixelSettings, Motor, joint_of, read_motors
+
 ROS_PYTHON = "/usr/bin/python3"
 ROS_TIMEOUT_S = 30.0
 MIN_FREE_BYTES = 2 << 30
@@ -103,7 +106,35 @@ def robot_findings(robot: str, table: Mapping[str, Any]) -> list[Finding]:
         there = _installed("widowx_envs")
         remedy = "install the folder widowx_envs of bridge_data_robot, and edgeml from its author's repository"
         return [Finding("widowx_envs", there, "installed" if there else "not installed", remedy)]
+    if robot == "dynamixel":
+        return motor_findings(table)
     return [_simulator()] if robot == "twin" else []
+
+
+def motor_findings(table: Mapping[str, Any]) -> list[Finding]:
+    """Each motor of the arm, read over its USB adapter without ROS; nothing is written to one."""
+    found: list[Finding] = []
+    try:
+        for number, said in read_motors(DynamixelSettings.from_table(table)):
+            found.append(_motor(number, said))
+    except ConfigurationError as error:
+        remedy = "pip install 'vlm2vla-client[dynamixel]'" if "pip install" in str(error) else "correct client.toml"
+        return [Finding("motors", False, str(error), remedy)]
+    except RobotError as error:
+        remedy = "plug in the U2D2, end the arm's driver, or: sudo usermod -aG dialout $USER, then log in again"
+        found.append(Finding("motors", False, str(error), remedy))
+    return found
+
+
+def _motor(number: int, said: Motor | str) -> Finding:
+    what = f"motor {number} {joint_of(number)}"
+    if isinstance(said, str):
+        remedy = "is the arm's power on? the daisy chain's cable before this motor, and baud_rate of [dynamixel]"
+        return Finding(what, False, said, remedy)
+    if said.problem is None:
+        return Finding(what, True, str(said))
+    remedy = "support the arm; find the cause; let it cool, or switch its power off and on"
+    return Finding(what, False, f"{said.problem} ({said})", remedy)
 
 
 def ros_setups() -> list[str]:

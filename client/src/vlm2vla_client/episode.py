@@ -17,6 +17,7 @@ from vlm2vla_client.progress import Progress
 from vlm2vla_client.recorder import Recorder
 from vlm2vla_client.robots.base import Robot
 from vlm2vla_client.safety import SafetyContext
+from vlm2vla_client.shadow import Shadow
 from vlm2vla_client.verifiers.base import Verifier
 from vlm2vla_client.watch import Watch
 
@@ -72,6 +73,7 @@ class Parts:
         executor: its events must go to ``moves``.
         confirm: asked before every chunk; None never asks.
         operator: whose keys hold the arm; the executor's monitor must ask it too.
+        shadow: moves every chunk first, to say what the arm would touch; None when nobody does.
         judge: what physics says at the end (the twin's tasks), for the summary.
     """
 
@@ -87,6 +89,7 @@ class Parts:
     progress: Progress
     confirm: Confirm | None = None
     operator: Operator = field(default_factory=NoOperator)
+    shadow: Shadow | None = None
     judge: Callable[[str], dict[str, Any] | None] | None = None
 
 

@@ -35,6 +35,7 @@ from vlm2vla_client.executor import ChunkResult, MotionStart, Outcome
 from vlm2vla_client.moves import state_of
 from vlm2vla_client.policies.base import Asked, SubtasksAnswer
 from vlm2vla_client.recorder import FORMAT
+from vlm2vla_client.shadow import Forecast
 from vlm2vla_client.verifiers.base import Notes
 from vlm2vla_client.verifiers.chain import ChainVerifier
 from vlm2vla_schema.types import Frame, Verdict
@@ -177,7 +178,13 @@ class _Episode:
         parts.moves.look(before)
         number = parts.recorder.frame(before)  # while the request is on its way: a slow disk must not age the frame
         self._record(
-            "request", stage="cycle", subtask=subtask, frame=number, frame_id=before.frame_id, frame_age_s=frame_age_s
+            "request",
+            stage="cycle",
+            subtask=subtask,
+            frame=number,
+            frame_id=before.frame_id,
+            frame_age_s=frame_age_s,
+            position_m=captured_m,
         )
         answer = Answer(arrivals, parts, self.config, self._record, sent_s, frame_age_s)
         try:
@@ -220,23 +227,46 @@ class _Episode:
             rows = _chained(first, rows)
         else:
             rows = list(answer.rows())
+        forecast = None if streaming else self._foreseen(list(rows), answer)
         if config.dry_run:
             parts.moves.preview(rows, answer.context(), parts.robot.state())
             return None
-        if parts.confirm is not None and not self._confirmed(index, answer.plan, list(rows)):
+        if parts.confirm is not None:
+            if not self._confirmed(index, Proposal(self.subtasks[index], answer.plan, list(rows), forecast)):
+                return None
+        elif forecast is not None and forecast.forbidden:
+            self._refused_by_shadow(forecast)
             return None
         return self._execute(rows, answer, start)
 
-    def _confirmed(self, index: int, plan: str | None, rows: Sequence[Sequence[float]]) -> bool:
+    def _foreseen(self, rows: Sequence[Sequence[float]], answer: Answer) -> Forecast | None:
+        """How the chunk goes in the twin, recorded and shown; None without a shadow."""
+        parts = self.parts
+        if parts.shadow is None or not rows:
+            return None
+        forecast = parts.shadow.rehearse(rows, answer.context(), parts.robot.state())
+        self._record("forecast", forbidden=forecast.forbidden, **vars(forecast))
+        if parts.confirm is None:  # else it is shown with the chunk, beside the question
+            parts.progress.forecast(forecast.lines(), forecast.forbidden)
+        return forecast
+
+    def _refused_by_shadow(self, forecast: Forecast) -> None:
+        """Nobody is asked, so the chunk is dropped; as with the filter's refusals, three in a row end the episode."""
+        why = f"the twin foresees: {forecast.lines()[0]}"
+        self._record("dropped", reason=why)
+        self.parts.progress.note(f"chunk dropped: {why}")
+        self._count_refusals(True, why)
+
+    def _confirmed(self, index: int, proposal: Proposal) -> bool:
         """Asks the operator. Edited words are kept for the next cycle, which starts from a fresh frame."""
         assert self.parts.confirm is not None
-        choice = self.parts.confirm(Proposal(self.subtasks[index], plan, rows))
+        choice, plan = self.parts.confirm(proposal), proposal.motion_plan
         if isinstance(choice, Edit):
             self._record(
                 "correction",
                 subtask={"from": self.subtasks[index], "to": choice.subtask},
                 motion_plan={"from": plan, "to": choice.motion_plan},
-                rows=rows,
+                rows=proposal.rows,
             )
             self.subtasks[index], self.edit = choice.subtask, choice
             return False
@@ -264,7 +294,7 @@ class _Episode:
             raise parts.watch.error or SafetyStop(result.reason)
         if result.outcome is not Outcome.COMPLETED:
             parts.progress.note(f"chunk {result.outcome.replace('_', ' ')}: {result.reason}")
-        self._count_refusals(result)
+        self._count_refusals(result.outcome is Outcome.REFUSED and not result.moved, result.reason)
         return result
 
     def _wait_for_operator(self) -> None:
@@ -274,11 +304,10 @@ class _Episode:
         self.parts.operator.resume()
         self._record("resumed", seconds=time.monotonic() - began_s)
 
-    def _count_refusals(self, result: ChunkResult) -> None:
-        refused = result.outcome is Outcome.REFUSED and not result.moved
+    def _count_refusals(self, refused: bool, why: str) -> None:
         self.refused_in_a_row = self.refused_in_a_row + 1 if refused else 0
         if self.refused_in_a_row >= MAX_REFUSED_CHUNKS:
-            raise SafetyStop(f"{self.refused_in_a_row} chunks in a row were refused: {result.reason}")
+            raise SafetyStop(f"{self.refused_in_a_row} chunks in a row were refused: {why}")
 
     def _verify(self, index: int, before: Frame, before_number: int, result: ChunkResult, began_s: float) -> bool:
         """Settle, fresh frame, verdict. A verifier that errs is never a success."""

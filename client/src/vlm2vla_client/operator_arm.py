@@ -1,5 +1,5 @@
-"""An arm that a person moves through the client: home, calibrate, commission. Same filter, same executor, source
-"operator"; a key holds; everything is recorded.
+"""An arm that a person moves through the client: home, calibrate, commission, teleop. Same filter, same executor,
+source "operator"; a key holds; everything is recorded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from vlm2vla_client.clock import Clock
 from vlm2vla_client.errors import RobotError, SafetyStop
-from vlm2vla_client.executor import ChunkResult, Executor, Monitor, Outcome
+from vlm2vla_client.executor import ChunkResult, EventSink, Executor, Monitor, Outcome
 from vlm2vla_client.motion import roll_pitch_yaw
 from vlm2vla_client.recorder import Recorder
 from vlm2vla_client.robots.base import Robot
@@ -43,6 +43,7 @@ class OperatorArm:
     Attributes:
         limits: what the filter enforces now.
         speed: share of the speed limits.
+        sink: takes the executor's events in the recorder's place.
         commanded_m: where the last command sent the end effector; None after a hold.
     """
 
@@ -52,6 +53,7 @@ class OperatorArm:
     recorder: Recorder
     speed: float
     monitor: Monitor
+    sink: EventSink | None = None
     commanded_m: FloatArray | None = None
 
     def __post_init__(self) -> None:
@@ -70,7 +72,10 @@ class OperatorArm:
             self.commanded_m = np.array(data["commanded_m"])
         elif kind == "hold":
             self.commanded_m = None
-        self.recorder.event(kind, **data)
+        if self.sink is not None:
+            self.sink(kind, data)
+        else:
+            self.recorder.event(kind, **data)
 
     # --- what is measured -----------------------------------------------------------------------------------------
 
@@ -111,10 +116,19 @@ class OperatorArm:
         """Translates by [3] metres, in rows of at most 2.5 cm an axis. Raises as ``rows`` does."""
         return self.rows(self._divided(np.asarray(shift_m, dtype=np.float64), np.zeros(3)))
 
-    def grip(self, open_: bool) -> None:
+    @property
+    def grip_open(self) -> bool:
+        """What the gripper was last told."""
+        return self._gripper >= 0.5
+
+    def turn(self, yaw_rad: float) -> ChunkResult:
+        """Turns the gripper about the vertical, at most ``ROW_RAD`` a row. Raises as ``rows`` does."""
+        return self.rows(self._divided(np.zeros(3), np.array([0.0, 0.0, yaw_rad])))
+
+    def grip(self, open_: bool) -> ChunkResult:
         """Opens or closes, and waits until the fingers rest. Raises as ``rows`` does."""
         self._gripper = float(open_)
-        self.rows([[0.0, 0.0, 0.0, self._gripper]])
+        return self.rows([[0.0, 0.0, 0.0, self._gripper]])
 
     def go(self, goal_m: FloatArray, rotation: FloatArray | None = None) -> None:
         """To a position [3], and a rotation [3, 3] when given: first up to its height, then across, then down.

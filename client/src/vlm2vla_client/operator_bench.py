@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from vlm2vla_client import physical
 from vlm2vla_client.clock import Clock, SystemClock
-from vlm2vla_client.config import PHYSICAL_ROBOTS, ClientConfig, load_config
+from vlm2vla_client.config import PHYSICAL_ROBOTS, ClientConfig, load_config, refuse_read_only
 from vlm2vla_client.errors import ConfigurationError, NotBuiltError, RobotError
 from vlm2vla_client.executor import Monitor, NoMonitor
 from vlm2vla_client.operator_arm import OperatorArm
@@ -47,21 +48,9 @@ class Bench:
         folder = new_episode_folder(record, what)
         try:
             robot.connect()
-            with Recorder(folder) as recorder:
-                recorder.event("episode", format=FORMAT, task=what, episode_id=uuid.uuid4().hex,
-                               started_utc=datetime.now(UTC).isoformat(timespec="seconds"),
-                               config={"robot": self.robot, "arm": self.arm, "speed": speed})  # fmt: skip
-                hold = robot.hold
-                try:
-                    arm = OperatorArm(robot, clock, self.limits, recorder, speed, monitor or NoMonitor())
-                    hold = arm.hold
-                    yield arm
-                except BaseException as error:
-                    with contextlib.suppress(RobotError):
-                        hold(f"{type(error).__name__}: {error}")
-                    recorder.event("end", outcome="failed", message=str(error) or type(error).__name__)
-                    raise
-                recorder.event("end", outcome="executed", exit_code=0, message="")
+            config = {"robot": self.robot, "arm": self.arm, "speed": speed}
+            with Recorder(folder) as recorder, operated(robot, recorder, what, config):
+                yield OperatorArm(robot, clock, self.limits, recorder, speed, monitor or NoMonitor())
         finally:
             robot.close()
             with contextlib.suppress(OSError):
@@ -81,6 +70,23 @@ class Bench:
         world = World(SceneSpec(seed=500_000))  # a bare counter
         clock = TwinClock(world, realtime=self.realtime)
         return TwinRobot(world, clock), clock
+
+
+@contextlib.contextmanager
+def operated(robot: Robot, recorder: Recorder, task: str, config: dict[str, Any]) -> Iterator[None]:
+    """The first and the last event of an episode that a person makes; on any error the arm is held first."""
+    recorder.event("episode", format=FORMAT, task=task, episode_id=uuid.uuid4().hex,
+                   started_utc=datetime.now(UTC).isoformat(timespec="seconds"), config=config)  # fmt: skip
+    try:
+        yield
+    except BaseException as error:
+        reason = f"{type(error).__name__}: {error}"
+        with contextlib.suppress(RobotError):
+            robot.hold(reason)
+            recorder.event("hold", reason=reason)
+        recorder.event("end", outcome="failed", message=str(error) or type(error).__name__)
+        raise
+    recorder.event("end", outcome="executed", exit_code=0, message="")
 
 
 def twin_limits() -> Limits:
@@ -114,6 +120,7 @@ def robot_of(arguments: argparse.Namespace, config: ClientConfig) -> str:
     name = "twin" if arguments.sim else arguments.robot or config.robot
     if arguments.sim and arguments.robot:
         raise ConfigurationError("--sim is the twin: leave out --robot")
+    refuse_read_only(name)
     if name == "replay":
         raise NotBuiltError("the robot 'replay' only repeats recordings: give --robot or --sim")
     return str(name)

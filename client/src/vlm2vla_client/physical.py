@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 from vlm2vla_client.cameras.base import Camera
 from vlm2vla_client.clock import Clock, SystemClock
-from vlm2vla_client.config import ClientConfig, make_limits
+from vlm2vla_client.config import ClientConfig, make_limits, refuse_read_only
 from vlm2vla_client.confirm import Confirm
 from vlm2vla_client.episode import EpisodeResult, LoopConfig, Parts
 from vlm2vla_client.errors import ConfigurationError
 from vlm2vla_client.executor import Executor, Monitors
+from vlm2vla_client.live import LiveView
 from vlm2vla_client.loop import run_episode
 from vlm2vla_client.moves import Moves
 from vlm2vla_client.operator_keys import NoOperator, Operator
@@ -28,6 +29,7 @@ from vlm2vla_client.robots.base import Robot
 from vlm2vla_client.robots.bridge import BridgeRobot, BridgeSettings
 from vlm2vla_client.robots.widowx import WidowXRobot, WidowXSettings
 from vlm2vla_client.safety import Limits
+from vlm2vla_client.shadow import Shadow
 from vlm2vla_client.verifiers.base import Verifier
 from vlm2vla_client.watch import Watch
 
@@ -45,15 +47,17 @@ class PhysicalRun:
     dry_run: bool = False
     confirm: Confirm | None = None
     operator: Operator = field(default_factory=NoOperator)
+    shadow: Shadow | None = None
     verify_deadline_s: float = 60.0
     min_free_bytes: int = MIN_FREE_BYTES
+    live: LiveView | None = None
 
 
 def make_robot(name: str, config: ClientConfig) -> tuple[Robot, str]:
     """The arm by its name, not yet connected, and what it is called in the record of its commissioning.
 
     Raises:
-        ConfigurationError: an unknown name, or a table of client.toml that cannot be right.
+        ConfigurationError: an unknown name, one that is only read, or a table of client.toml that cannot be right.
     """
     if name == "widowx":
         widowx = WidowXSettings.from_table(config.arms.get("widowx", {}))
@@ -61,6 +65,7 @@ def make_robot(name: str, config: ClientConfig) -> tuple[Robot, str]:
     if name == "bridge":
         bridge = BridgeSettings.from_table(config.arms.get("bridge", {}))
         return BridgeRobot(bridge), f"{bridge.host}:{bridge.port}"
+    refuse_read_only(name)
     raise ConfigurationError(f"unknown physical robot {name!r}; known are widowx, bridge")
 
 
@@ -100,7 +105,7 @@ def run_on_arm(
         robot.connect()
         camera.start()
         progress.started(request.task, f"{name}, speed {request.speed:g}, policy {policy.info().name}")
-        with recorder_in(folder, request.min_free_bytes) as recorder:
+        with recorder_in(folder, request.min_free_bytes, request.live) as recorder:
             recorder.limits(limits)
             moves = Moves(recorder, progress, robot, camera, limits)
             watch = Watch(policy, camera)
@@ -119,6 +124,7 @@ def run_on_arm(
                 progress=progress,
                 confirm=request.confirm,
                 operator=request.operator,
+                shadow=request.shadow,
             )
             return run_episode(parts, _loop_config(request, limits, name))
     finally:
@@ -137,5 +143,10 @@ def _loop_config(request: PhysicalRun, limits: Limits, robot: str) -> LoopConfig
         verify_deadline_s=request.verify_deadline_s,
         seed=request.seed,
         dry_run=request.dry_run,
-        recorded={"robot": robot, "speed": request.speed, "confirmed": request.confirm is not None},
+        recorded={
+            "robot": robot,
+            "speed": request.speed,
+            "confirmed": request.confirm is not None,
+            "shadow": request.shadow is not None,
+        },
     )

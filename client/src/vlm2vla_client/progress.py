@@ -48,6 +48,8 @@ class Progress(Protocol):
 
     def decision(self, index: int, row: Sequence[float], verdict: str, reasons: Sequence[str]) -> None: ...
 
+    def forecast(self, lines: Sequence[str], forbidden: bool) -> None: ...
+
     def verdict(self, verdict: Verdict, verified: bool) -> None: ...
 
     def note(self, text: str) -> None: ...
@@ -77,6 +79,9 @@ class SilentProgress:
         """Nothing."""
 
     def decision(self, index: int, row: Sequence[float], verdict: str, reasons: Sequence[str]) -> None:
+        """Nothing."""
+
+    def forecast(self, lines: Sequence[str], forbidden: bool) -> None:
         """Nothing."""
 
     def verdict(self, verdict: Verdict, verified: bool) -> None:
@@ -157,6 +162,11 @@ class ConsoleProgress:
         if reasons:
             line.append(f"  {printable(', '.join(reasons))}", style="dim")
         self._console.print(line)
+
+    def forecast(self, lines: Sequence[str], forbidden: bool) -> None:
+        """What the twin met when it moved the chunk first."""
+        for line in lines:
+            self._say("shadow", line, "bold red" if line.startswith("forbidden") else "yellow" if forbidden else "")
 
     def verdict(self, verdict: Verdict, verified: bool) -> None:
         """The verifier's word, and the cycle's seconds."""

@@ -13,8 +13,9 @@ held, and what room is left takes its last events and its summary.
 
 Events: ``episode`` (first line: task, config, policy), ``request``, ``subtasks``, ``plan``, ``row``, ``answer`` (with
 raw text), ``dropped``, ``step`` (a row about to move: its frame, the arm's state [x y z roll pitch yaw gripper] and the
-action [dx dy dz droll dpitch dyaw gripper]), ``decision``, ``substep``, ``chunk``,
-``verifier_call`` (one request to a verifier that counts its cost), ``verdict``, ``hold``, ``error``, ``end``.
+action [dx dy dz droll dpitch dyaw gripper]), ``decision``, ``forecast`` (the twin moved the chunk first), ``substep``,
+``chunk``, ``verifier_call`` (one request to a verifier that counts its cost), ``verdict``, ``hold``, ``error`` and
+``end``.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from typing import Any
 import numpy as np
 
 from vlm2vla_client.errors import RecordingError, RecordingStoppedError
+from vlm2vla_client.live import LiveView
 from vlm2vla_schema.images import encode_jpeg
 from vlm2vla_schema.types import Frame
 
@@ -112,6 +114,7 @@ class Recorder:
         folder: a new one.
         min_free_bytes: free space below which nothing is recorded but the episode's end; 0 never looks.
         free_bytes: how much is free where a folder lies.
+        live: is told all that was recorded, and must return at once.
 
     Attributes:
         keeps_frames: False in recorders that drop pictures, so that nobody takes one in vain.
@@ -128,9 +131,11 @@ class Recorder:
         *,
         min_free_bytes: int = MIN_FREE_BYTES,
         free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
+        live: LiveView | None = None,
     ) -> None:
         self.folder = folder
         self._min_free_bytes, self._free_bytes = min_free_bytes, free_bytes
+        self._live = live
         self._looked_s = float("-inf")
         self._since_look = 0
         self._full: str | None = None
@@ -166,6 +171,8 @@ class Recorder:
             data = json.dumps(line, ensure_ascii=False, allow_nan=False).encode("utf-8", UNPAIRED) + b"\n"
             problem = self._append(data)
             self._seq += problem is None
+            if self._live is not None:
+                self._live.event(line)
             problem = problem or self._look()
         if problem is not None and kind not in CLOSING_EVENTS:
             raise RecordingStoppedError(problem)
@@ -220,6 +227,8 @@ class Recorder:
                 raise RecordingStoppedError(problem)
             self._frame_count += 1
             self._frame_numbers[frame.frame_id] = number
+            if self._live is not None:
+                self._live.picture(data, time.monotonic())
             while len(self._frame_numbers) > MAX_REMEMBERED_FRAMES:
                 self._frame_numbers.pop(next(iter(self._frame_numbers)))
             return number
@@ -243,6 +252,8 @@ class Recorder:
     def limits(self, limits: Any) -> None:
         """Writes ``limits.json``. Raises RecordingStoppedError when it cannot."""
         self._whole("limits.json", limits)
+        if self._live is not None:
+            self._live.event({"event": "limits", **plain(limits)})
 
     def summary(self, summary: Any) -> None:
         """Writes ``summary.json`` (atomic: it is whole or absent). Raises RecordingStoppedError when it cannot."""
@@ -282,9 +293,9 @@ class Recorder:
         self.close()
 
 
-def recorder_in(place: Path | Recorder, min_free_bytes: int) -> Recorder:
+def recorder_in(place: Path | Recorder, min_free_bytes: int, live: LiveView | None = None) -> Recorder:
     """A recorder in a folder, or the one that was given."""
-    return place if isinstance(place, Recorder) else Recorder(place, min_free_bytes=min_free_bytes)
+    return place if isinstance(place, Recorder) else Recorder(place, min_free_bytes=min_free_bytes, live=live)
 
 
 @dataclass(frozen=True)

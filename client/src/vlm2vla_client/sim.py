@@ -22,6 +22,7 @@ from vlm2vla_client.episode import EpisodeResult, LoopConfig, Parts
 from vlm2vla_client.errors import ConfigurationError
 from vlm2vla_client.executor import Executor, Monitors
 from vlm2vla_client.http import ServerConnection
+from vlm2vla_client.live import LiveView
 from vlm2vla_client.loop import run_episode
 from vlm2vla_client.moves import Moves
 from vlm2vla_client.operator_keys import NoOperator, Operator
@@ -35,6 +36,7 @@ from vlm2vla_client.recorder import MIN_FREE_BYTES, Recorder, plain, recorder_in
 from vlm2vla_client.robots.twin import TwinClock, TwinRobot
 from vlm2vla_client.safety import Limits
 from vlm2vla_client.scenes import SceneChoice, choose_scene
+from vlm2vla_client.shadow import open_shadow
 from vlm2vla_client.verifiers.base import Verifier
 from vlm2vla_client.verifiers.chain import MEMBER_DEADLINE_S
 from vlm2vla_client.verifiers.choose import make_chain
@@ -66,9 +68,11 @@ class SimRequest:
         animate: write ``episode.gif``.
         confirm: asked before every chunk.
         operator: whose keys hold the arm.
+        shadow: a second, bare twin moves every chunk first.
         outside: verifiers that the caller made and closes (``verifiers.outside``), by name.
         camera: a real one or a recording, dated by the system's clock, in place of the twin's; its name beside it.
         min_free_bytes: what the recording leaves free on its disk.
+        live: shows what is recorded; the caller closes it.
     """
 
     task: str
@@ -87,10 +91,12 @@ class SimRequest:
     limits: Mapping[str, Any] = field(default_factory=dict)
     confirm: Confirm | None = None
     operator: Operator = field(default_factory=NoOperator)
+    shadow: bool = False
     outside: Mapping[str, Verifier] = field(default_factory=dict)
     camera: Camera | None = None
     camera_name: str = "twin"
     min_free_bytes: int = MIN_FREE_BYTES
+    live: LiveView | None = None
 
 
 @dataclass
@@ -207,6 +213,7 @@ def _recorded(request: SimRequest) -> dict[str, Any]:
         "seed": choice.seed,
         "speed": request.speed,
         "realtime": request.realtime,
+        "shadow": request.shadow,
         "objects": [{"name": item.name, "position_m": item.position_m} for item in choice.spec.objects],
         "scene_spec": plain(choice.spec),
     }
@@ -247,7 +254,7 @@ def run_parts(
     animation = Animation() if request.animate else None
     progress.started(request.task, f"twin, scene {request.choice.name}, seed {request.choice.seed}, policy {info.name}")
     clock: Clock = bench.clock
-    with recorder_in(folder, request.min_free_bytes) as recorder:
+    with recorder_in(folder, request.min_free_bytes, request.live) as recorder:
         recorder.limits(bench.limits)
         display = animation.add if animation is not None else None
         moves = Moves(recorder, progress, bench.robot, bench.camera, bench.limits, display)
@@ -267,6 +274,7 @@ def run_parts(
             progress=progress,
             confirm=request.confirm,
             operator=request.operator,
+            shadow=open_shadow(bench.limits, request.speed) if request.shadow else None,
             judge=make_judge(request.choice, bench, planning),
         )
         result = run_episode(parts, _loop_config(request, bench.limits))

@@ -134,6 +134,9 @@ def _notes(events: Sequence[Mapping[str, Any]]) -> str:
             parts.append(f'<p class="bad">{esc(event.get("where"))}: {esc(event.get("message"))}</p>')
         elif event["event"] in ("hold", "dropped"):
             parts.append(f'<p class="warn">{esc(event["event"])}: {esc(event.get("reason"))}</p>')
+        elif event["event"] == "forecast" and event.get("forbidden"):
+            met = "; ".join(f"{t.get('link')} and {t.get('thing')}" for t in event.get("touches") or [])
+            parts.append(f'<p class="bad">the twin foresaw: {esc(met or event.get("reason"))}</p>')
         elif event["event"] == "correction":
             words = event["motion_plan"]["to"] or event["subtask"]["to"]
             parts.append(f'<p class="warn">the operator, instead: {esc(words)}</p>')

@@ -22,6 +22,8 @@ from vlm2vla_twin.scene import (
     FINGER_CLOSED_M,
     FINGER_OPEN_M,
     KINDS,
+    KITCHEN,
+    Bench,
     SceneSpec,
     build_model,
 )
@@ -53,11 +55,12 @@ class World:
     Args:
         spec: what stands where.
         settle_s: seconds to run before the world is handed out, so that everything rests.
+        bench: what stands fast around the arm; objects and cards belong to the kitchen's own.
     """
 
-    def __init__(self, spec: SceneSpec, *, settle_s: float = 0.2) -> None:
-        self.spec = spec
-        self.model: mujoco.MjModel = copy.copy(build_model())
+    def __init__(self, spec: SceneSpec, *, settle_s: float = 0.2, bench: Bench = KITCHEN) -> None:
+        self.spec, self.bench = spec, bench
+        self.model: mujoco.MjModel = copy.copy(build_model(bench))
         self.data = mujoco.MjData(self.model)
         self._names = tuple(item.name for item in spec.objects)
         self._body = {name: self.model.body(name).id for name in KINDS}
@@ -68,6 +71,8 @@ class World:
         }
         self._site = self.model.site("ee").id
         self._counter, self._wall = self.model.geom("counter").id, self.model.geom("wall").id
+        names = ("counter", "wall", *(f"box_{index}" for index in range(len(bench.boxes))))
+        self._fixtures = {self.model.geom(name).id: name for name in names}
         self._dress(spec)
         self._arrange(spec)
         self.step(settle_s)
@@ -132,6 +137,10 @@ class World:
         joints = kinematics.inverse(np.asarray(position_m), kinematics.DOWN, HOME_GUESS_RAD)
         if joints is None:
             raise UnreachableError(f"no arm pose with the gripper down at {np.round(np.asarray(position_m), 3)} m")
+        self.set_joints(joints, gripper_m=gripper_m)
+
+    def set_joints(self, joints: ArrayLike, *, gripper_m: float) -> None:
+        """Put the arm at rest at joint angles [6], radians, wherever that is: as ``set_arm``, never during a run."""
         self.data.qpos[:6], self.data.qvel[:8] = joints, 0.0
         self.data.qpos[6:8] = gripper_m
         self.command_joints(joints)
@@ -183,7 +192,7 @@ class World:
     def contacts(self) -> frozenset[str]:
         """Which of ``counter`` and ``wall`` the gripper touches."""
         found = set()
-        if float(self.finger_tips_m()[:, 2].min()) <= COUNTER_Z_M + CONTACT_MARGIN_M:
+        if float(self.finger_tips_m()[:, 2].min()) <= self.bench.counter_z_m + CONTACT_MARGIN_M:
             found.add("counter")
         for one, other in self._touching_geoms():
             for arm, thing in ((one, other), (other, one)):
@@ -192,6 +201,23 @@ class World:
                 if arm in self._arm_geoms and thing == self._wall:
                     found.add("wall")
         return frozenset(found)
+
+    def arm_gaps_m(self, within_m: float) -> dict[tuple[str, str], float]:
+        """How far the arm's moving links are from what stands fast, by (link, ``counter``, ``wall`` or ``box_N``).
+
+        Those of at most ``within_m``; below zero where one is pressed into the other.
+        """
+        gaps: dict[tuple[str, str], float] = {}
+        for arm in sorted(self._arm_geoms):
+            body = int(self.model.geom_bodyid[arm])
+            if self.model.body_weldid[body] == 0:
+                continue
+            link = self.model.body(body).name
+            for fixture, thing in self._fixtures.items():
+                gap_m = mujoco.mj_geomDistance(self.model, self.data, arm, fixture, within_m, None)
+                if gap_m < within_m:
+                    gaps[link, thing] = min(gap_m, gaps.get((link, thing), gap_m))
+        return gaps
 
     # --- what only a judge or a demonstrator may ask --------------------------------------------------------------
 

@@ -102,6 +102,21 @@ class SceneSpec:
         raise KeyError(f"scene {self.seed} has no {name!r}; it has {[item.name for item in self.objects]}")
 
 
+@dataclass(frozen=True)
+class Bench:
+    """What stands fast around the arm, metres in its base frame: the counter's height, the wall, boxes that are in the way.
+
+    ``boxes``: pairs of opposite corners (minimum, maximum).
+    """
+
+    counter_z_m: float = COUNTER_Z_M
+    wall_x_m: float = WALL_X_M
+    boxes: tuple[tuple[tuple[float, float, float], tuple[float, float, float]], ...] = ()
+
+
+KITCHEN = Bench()
+
+
 def resting(name: str, xy_m: tuple[float, float], yaw_rad: float = 0.0, rgb: Rgb | None = None) -> ObjectSpec:
     """An object of kind ``name`` at rest on the counter."""
     return ObjectSpec(name, (float(xy_m[0]), float(xy_m[1]), COUNTER_Z_M + KINDS[name].rest_z_m), float(yaw_rad), rgb)
@@ -260,7 +275,19 @@ def _arm_xml() -> str:
     </body>"""
 
 
-def build_xml() -> str:
+def _fixtures_xml(bench: Bench) -> str:
+    """The counter, the wall and the boxes: all that stands fast and collides."""
+    z_m = bench.counter_z_m
+    boxes = ""
+    for index, (low, high) in enumerate(bench.boxes):
+        size = _join(_triple((np.asarray(high) - np.asarray(low)) / 2))
+        middle = _join(_triple((np.asarray(low) + np.asarray(high)) / 2))
+        boxes += f'<geom name="box_{index}" type="box" size="{size}" pos="{middle}" {_SOFT}/>'
+    return f"""<geom name="counter" type="box" size="0.6 0.7 0.02" pos="0.25 0 {z_m - 0.02}" {_SOFT}/>
+    <geom name="wall" type="box" size="0.02 0.7 0.3" pos="{bench.wall_x_m + 0.02} 0 {z_m + 0.28}" {_SOFT}/>{boxes}"""
+
+
+def build_xml(bench: Bench = KITCHEN) -> str:
     """The MJCF of the whole kitchen, arm included, with every object that a spec may place."""
     cards = "".join(
         f'<body name="card_{name}" pos="-2 0 -1"><geom name="card_{name}" class="look" type="box" euler="0 0 -1.5708" '
@@ -296,8 +323,7 @@ def build_xml() -> str:
     <light name="lamp" directional="true" pos="0 0 2" dir="0 0 -1" diffuse="0.55 0.55 0.55" specular="0.05 0.05 0.05"/>
     <camera name="third_person" pos="{_join(CAMERA_POSITION_M)}" xyaxes="{_join(CAMERA_XYAXES)}"
       fovy="{CAMERA_FOVY_DEG}"/>
-    <geom name="counter" type="box" size="0.6 0.7 0.02" pos="0.25 0 {COUNTER_Z_M - 0.02}" {_SOFT}/>
-    <geom name="wall" type="box" size="0.02 0.7 0.3" pos="{WALL_X_M + 0.02} 0 0.28" {_SOFT}/>
+    {_fixtures_xml(bench)}
     <geom name="sink_edge" class="look" type="box" size="0.14 0.006 0.003" pos="0.34 0.33 0.001"
       rgba="0.75 0.77 0.80 1"/>
     <geom name="stove" class="look" type="box" size="0.09 0.09 0.0015" pos="0.46 0.24 0.0008" rgba="0.32 0.32 0.34 1"/>
@@ -312,6 +338,6 @@ def _join(values: tuple[float, ...]) -> str:
 
 
 @functools.cache
-def build_model() -> mujoco.MjModel:
-    """The compiled kitchen, once a process. Treat it as read-only; a ``World`` works on its own copy."""
-    return mujoco.MjModel.from_xml_string(build_xml(), {f"{name}.png": _card_png(name) for name in CARDS})
+def build_model(bench: Bench = KITCHEN) -> mujoco.MjModel:
+    """The compiled kitchen, once a process and bench. Treat it as read-only; a ``World`` works on its own copy."""
+    return mujoco.MjModel.from_xml_string(build_xml(bench), {f"{name}.png": _card_png(name) for name in CARDS})
