@@ -215,7 +215,12 @@ def _add_export(commands: Commands[argparse.ArgumentParser]) -> None:
         "--no-references", dest="references", action="store_false", help="leave the log-probabilities out of the card"
     )
     command.add_argument("--unservable", action="store_true", help="export an adapter that vLLM would load wrongly")
-    command.add_argument("--device", default="cpu", help="where references are measured, in float32: cpu, cuda, cuda:N")
+    command.add_argument("--device", default="cpu", help="where the model is asked, in float32: cpu, cuda, cuda:N")
+    command.add_argument("--episodes", type=Path, help="dataset for the predicted paths in report.html; not trained on")
+    command.add_argument("--annotated", type=Path, help="annotated.jsonl of --episodes, or its folder")
+    command.add_argument("--held-out", type=float, default=1.0, help="of --episodes: the fraction given to sft; 1: all")
+    command.add_argument("--predict-episodes", type=int, default=4, help="at most so many of them")
+    command.add_argument("--camera", type=Path, help="JSON with the camera's 3x4 projection; the twin's is known")
 
 
 def _add_tokens(commands: Commands[argparse.ArgumentParser]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,14 +62,51 @@ def length_figure(totals: Mapping[str, Sequence[int]], limit: int) -> Figure:
     return figure
 
 
+def loss_figure(log: Sequence[Mapping[str, float]]) -> Figure:
+    """Training loss, held-out loss where there is one, and token accuracy over steps.
+
+    Args:
+        log: lines of log.jsonl.
+    """
+    figure = _figure(9.0, 3.2)
+    left, right = figure.subplots(1, 2)
+    for axes, keys, label in (
+        (left, {"loss": "training", "eval_loss": "held-out episodes"}, "loss [nat a token]"),
+        (right, {"mean_token_accuracy": "training", "eval_mean_token_accuracy": "held-out episodes"}, "token accuracy"),
+    ):
+        _style(axes)
+        for colour, (key, name) in zip(SERIES, keys.items(), strict=False):
+            points = [(line["step"], line[key]) for line in log if key in line]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=colour, label=name, marker="." if len(points) < 30 else "")
+        axes.set_xlabel("optimiser step", fontsize=9)
+        axes.set_ylabel(label, fontsize=9)
+        if axes.lines:
+            axes.legend(frameon=False, fontsize=8)
+    left.set_ylim(bottom=0)
+    figure.subplots_adjust(wspace=0.25)
+    return figure
+
+
+def svg_url(figure: Figure) -> str:
+    """The figure as a `data:` URL, for a page that loads nothing."""
+    buffer = io.BytesIO()
+    _write_svg(figure, buffer)
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
 def save(figure: Figure, out: Path, name: str) -> None:
     """Write NAME.png and NAME.svg into `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    _write_svg(figure, out / f"{name}.svg")
+    figure.savefig(out / f"{name}.png", bbox_inches="tight", dpi=110, metadata={"Software": None})
+
+
+def _write_svg(figure: Figure, target: Path | io.BytesIO) -> None:
     import matplotlib
 
-    out.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": "vlm2vla", "svg.fonttype": "path"}):
-        figure.savefig(out / f"{name}.svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
-    figure.savefig(out / f"{name}.png", bbox_inches="tight", dpi=110, metadata={"Software": None})
+        figure.savefig(target, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
 
 
 def _figure(width_in: float, height_in: float) -> Figure:
