@@ -12,14 +12,12 @@ from vlm2vla_schema.errors import VLM2VLAError
 from vlm2vla_training.errors import MissingExtraError, NotBuiltError, UsageError
 
 # Optional module -> the extra that brings it.
-_EXTRAS = {"mujoco": "sim", "torch": "train", "transformers": "train", "trl": "train", "peft": "train"}
+_EXTRAS = {"mujoco": "sim", "torch": "train", "transformers": "train", "trl": "train", "peft": "train",
+           "matplotlib": "train"}  # fmt: skip
 # Those of sft.py, which needs torch to be imported; a test compares.
 _PRESETS = ("twin", "paper", "servable", "at", "nr", "qwen", "full_finetune", "qlora")
 _SCOPES = ("language_model", "paper", "all_linear")
 _NOT_BUILT = {
-    "logprobs": "log-probabilities of text actions against token actions (Fig. 3)",
-    "tokens": "token budgets of a dataset",
-    "predict": "predictions of a model on held-out examples",
     "vqa": "visual question answering retention (Table 1)",
     "estimate": "cost and time of a full run",
 }
@@ -76,6 +74,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_pretrain(commands)
     _add_sft(commands)
     _add_export(commands)
+    _add_tokens(commands)
+    _add_logprobs(commands)
+    _add_predict(commands)
     for name, purpose in _NOT_BUILT.items():
         commands.add_parser(name, help=f"{purpose} (not built yet)").add_argument("rest", nargs="*")
     return parser
@@ -214,7 +215,58 @@ def _add_export(commands: Commands[argparse.ArgumentParser]) -> None:
         "--no-references", dest="references", action="store_false", help="leave the log-probabilities out of the card"
     )
     command.add_argument("--unservable", action="store_true", help="export an adapter that vLLM would load wrongly")
-    command.add_argument("--device", default="cpu", help="where references are measured, in float32: cpu, cuda, cuda:N")
+    command.add_argument("--device", default="cpu", help="where the model is asked, in float32: cpu, cuda, cuda:N")
+    command.add_argument("--episodes", type=Path, help="dataset for the predicted paths in report.html; not trained on")
+    command.add_argument("--annotated", type=Path, help="annotated.jsonl of --episodes, or its folder")
+    command.add_argument("--held-out", type=float, default=1.0, help="of --episodes: the fraction given to sft; 1: all")
+    command.add_argument("--predict-episodes", type=int, default=4, help="at most so many of them")
+    command.add_argument("--camera", type=Path, help="JSON with the camera's 3x4 projection; the twin's is known")
+
+
+def _add_tokens(commands: Commands[argparse.ArgumentParser]) -> None:
+    text = "token lengths of examples by kind, against the limit: table and picture"
+    command = _command(commands, "tokens", "analysis.tokens:run_tokens", text)
+    command.add_argument(
+        "--base", type=Path, required=True, help="model folder whose processor counts; no weights needed"
+    )
+    command.add_argument("--examples", type=Path, action="append", required=True, help="folder of curate; repeatable")
+    command.add_argument("--max-tokens", type=int, default=1024, help="the limit; appendix E prints 1024")
+
+
+def _add_logprobs(commands: Commands[argparse.ArgumentParser]) -> None:
+    text = "Fig. 3: log-probabilities of actions as text, tokens and bins under an untouched model, with the figure"
+    command = _command(commands, "logprobs", "analysis.logprobs:run_logprobs", text)
+    command.add_argument("--base", type=Path, required=True, help="base model folder, before fine-tuning")
+    command.add_argument(
+        "--examples", type=Path, action="append", required=True, help="folder of curate with text actions; repeatable"
+    )
+    command.add_argument("--limit", type=int, default=0, help="score this many actions, evenly spread; 0 all")
+    command.add_argument("--bins", type=int, default=256, help="bins an axis, as in RT-2 and OpenVLA")
+    command.add_argument(
+        "--measure-on", type=int, default=64, help="actions on which the least likely tokens are found"
+    )
+    command.add_argument("--batch-size", type=int, default=8)
+    _add_model(command)
+
+
+def _add_predict(commands: Commands[argparse.ArgumentParser]) -> None:
+    text = "a model's plans and rows on held-out episodes, against their logs"
+    command = _command(commands, "predict", "analysis.predict:run_predict", text)
+    command.add_argument("--base", type=Path, required=True, help="base model folder")
+    command.add_argument("--adapter", type=Path, default=None, help="exported adapter; without one the base is asked")
+    command.add_argument("--episodes", type=Path, required=True, help="episode dataset")
+    command.add_argument("--annotated", type=Path, required=True, help="annotated.jsonl or its folder")
+    command.add_argument(
+        "--held-out", type=float, default=1.0, help="the fraction given to sft; 1: all, never trained on"
+    )
+    command.add_argument("--plan", choices=("own", "logged"), default="own", help="whose motion plan the rows follow")
+    command.add_argument("--limit", type=int, default=0, help="at most this many episodes; 0 all")
+    _add_model(command)
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N")
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from vlm2vla_schema.types import ModelCard, ReferenceLogprobs, Stage
 from vlm2vla_training.curation.dataset import encode_png
 from vlm2vla_training.curation.examples import DIGIT_MAP
 from vlm2vla_training.errors import DataError, UsageError
+from vlm2vla_training.export_report import Prediction, measured, predicted, write_report
 from vlm2vla_training.jsonio import read_json, sha256_of_files
 from vlm2vla_training.progress import finish
 from vlm2vla_training.servable import write_servable_names
@@ -60,6 +61,8 @@ def _export_run(args: argparse.Namespace) -> int:
     if summary.get("command") != "sft":
         raise DataError(f"{args.run}/summary.json is not of a finished sft run")
     _refuse_unservable(args, summary)
+    if (args.episodes is None) != (args.annotated is None):
+        raise UsageError("predicted paths need both --episodes and --annotated")
     base = args.base or Path(summary["base_path"])
     base_card = ModelCard.read(base)
     if base_card.base_hash != summary["base_hash"]:
@@ -76,10 +79,19 @@ def _export_run(args: argparse.Namespace) -> int:
     measure = args.references and not summary["full_finetune"]
     references = measure_references(base, partial, base_card.image_size, args.device) if measure else None
     card = model_card(args, summary, base_card, metrics, references)
+    found = _predicted(args, base, partial, card) if args.episodes is not None else []
+    if found:
+        card = card.model_copy(update={"metrics": {**card.metrics, "predict": measured(found)}})
     card.write(partial)
+    write_report(partial, card, args.run, summary, found)
     _write_texts(partial, card, base, summary)
     _finish(args.out, partial, card, started)
     return 0
+
+
+def _predicted(args: argparse.Namespace, base: Path, stored: Path, card: ModelCard) -> list[Prediction]:
+    is_adapter = (stored / _ADAPTER_FILES[0]).is_file()
+    return predicted(args, base if is_adapter else stored, stored if is_adapter else None, card)
 
 
 def _export_adapter(args: argparse.Namespace) -> int:

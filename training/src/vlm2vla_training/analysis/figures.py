@@ -1,0 +1,121 @@
+"""The analysis commands' pictures, as PNG and SVG; the same numbers give the same SVG."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, SOFT, GRID = "#1f2328", "#667080", "#e2e0d8"
+SERIES = ("#2d6a9f", "#c8553d", "#3b8a5a", "#8a5aa8")
+
+
+def log_probability_figure(per_token: Mapping[str, Sequence[float]], per_row: Mapping[str, Sequence[float]]) -> Figure:
+    """Fig. 3: how ln p is distributed over actions, one colour a representation.
+
+    Args:
+        per_token: label of a representation -> for each action the mean ln p of its tokens, nat.
+        per_row: the same, ln p of the whole action divided by its rows, nat.
+    """
+    figure = _figure(9.0, 3.6)
+    left, right = figure.subplots(1, 2)
+    for axes, values, label in (
+        (left, per_token, "mean log-probability of an action's tokens [nat]"),
+        (right, per_row, "log-probability of an action row [nat]"),
+    ):
+        _style(axes)
+        everything = np.concatenate([np.asarray(list(one)) for one in values.values()])
+        edges = np.linspace(everything.min() - 1e-6, everything.max() + 1e-6, 61)
+        for colour, (name, series) in zip(SERIES, values.items(), strict=False):
+            axes.hist(series, bins=edges, density=True, color=colour, alpha=0.65, label=name)
+            axes.axvline(float(np.mean(series)), color=colour, linewidth=1, linestyle="--")
+        axes.set_xlabel(label, fontsize=9)
+        axes.set_ylabel("density over actions", fontsize=9)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncols=len(labels), frameon=False, fontsize=9)
+    figure.subplots_adjust(top=0.88, wspace=0.22)
+    return figure
+
+
+def length_figure(totals: Mapping[str, Sequence[int]], limit: int) -> Figure:
+    """Tokens of the examples of each kind: box from quartile to quartile, whiskers over everything, and the limit."""
+    figure = _figure(7.0, 0.9 + 0.42 * len(totals))
+    axes = figure.subplots()
+    _style(axes)
+    axes.boxplot(
+        list(totals.values()), orientation="horizontal", tick_labels=list(totals), whis=(0, 100), patch_artist=True,
+        widths=0.5, boxprops={"facecolor": SERIES[0], "edgecolor": INK}, medianprops={"color": "white"},
+    )  # fmt: skip
+    axes.axvline(limit, color=SERIES[1], linewidth=1.2)
+    axes.annotate(f"limit {limit}", (limit, 1), xycoords=("data", "axes fraction"), color=SERIES[1], fontsize=8,
+                  xytext=(-4, -10), textcoords="offset points", ha="right")  # fmt: skip
+    axes.set_xlim(0, 1.05 * max(limit, *(max(values) for values in totals.values())))
+    axes.set_xlabel("tokens of an example, image tokens and end of turn included", fontsize=9)
+    return figure
+
+
+def loss_figure(log: Sequence[Mapping[str, float]]) -> Figure:
+    """Training loss, held-out loss where there is one, and token accuracy over steps.
+
+    Args:
+        log: lines of log.jsonl.
+    """
+    figure = _figure(9.0, 3.2)
+    left, right = figure.subplots(1, 2)
+    for axes, keys, label in (
+        (left, {"loss": "training", "eval_loss": "held-out episodes"}, "loss [nat a token]"),
+        (right, {"mean_token_accuracy": "training", "eval_mean_token_accuracy": "held-out episodes"}, "token accuracy"),
+    ):
+        _style(axes)
+        for colour, (key, name) in zip(SERIES, keys.items(), strict=False):
+            points = [(line["step"], line[key]) for line in log if key in line]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=colour, label=name, marker="." if len(points) < 30 else "")
+        axes.set_xlabel("optimiser step", fontsize=9)
+        axes.set_ylabel(label, fontsize=9)
+        if axes.lines:
+            axes.legend(frameon=False, fontsize=8)
+    left.set_ylim(bottom=0)
+    figure.subplots_adjust(wspace=0.25)
+    return figure
+
+
+def svg_url(figure: Figure) -> str:
+    """The figure as a `data:` URL, for a page that loads nothing."""
+    buffer = io.BytesIO()
+    _write_svg(figure, buffer)
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def save(figure: Figure, out: Path, name: str) -> None:
+    """Write NAME.png and NAME.svg into `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    _write_svg(figure, out / f"{name}.svg")
+    figure.savefig(out / f"{name}.png", bbox_inches="tight", dpi=110, metadata={"Software": None})
+
+
+def _write_svg(figure: Figure, target: Path | io.BytesIO) -> None:
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "vlm2vla", "svg.fonttype": "path"}):
+        figure.savefig(target, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+
+
+def _figure(width_in: float, height_in: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width_in, height_in))
+
+
+def _style(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(GRID)
+    axes.tick_params(colors=SOFT, labelsize=8, length=0)
