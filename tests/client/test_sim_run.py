@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from client_fakes import FakeServer, body_of, cycle_lines, ndjson, stage, stream_response
 from httpx import Request, Response
+from operator_terminal import Seat
 
 from vlm2vla_client import commands
 from vlm2vla_client.cli import main
@@ -264,3 +265,26 @@ def test_waiting_for_a_server_that_is_still_loading(monkeypatch: pytest.MonkeyPa
     connection: ServerConnection = FakeServer(readyz=readyz).connection()
     connection.wait_ready(5.0)
     assert answers == []
+
+
+def test_a_question_on_a_terminal_stands_as_it_was_asked_until_it_is_answered(tmp_path: Path) -> None:
+    record = ["--record", str(tmp_path / "runs"), "--confirm", "--shadow"]
+    with Seat([*RUN, "--task", "pick up the carrot", *record], {"XDG_CONFIG_HOME": str(tmp_path)}) as seat:
+        end = seat.wait_for("move? [y]es, [n]o and plan anew, other words for the [s]ubtask or the [p]lan, [q]uit: ")
+        time.sleep(0.5)
+        assert seat.screen[end:] == "", "a spinner would write over the answer"
+        seat.press("y\n")
+        end = seat.wait_for("move? [y]es", after=end)
+        seat.press("q\n")
+        assert seat.wait() == 130
+    assert "\x1b[9m" not in seat.screen, "Rich took [s] for strikethrough"
+
+
+def test_a_person_who_verifies_is_asked_without_a_spinner(tmp_path: Path) -> None:
+    given = [*RUN, "--verifier", "human", "--task", "pick up the carrot", "--record", str(tmp_path / "runs")]
+    with Seat(given, {"XDG_CONFIG_HOME": str(tmp_path)}) as seat:
+        end = seat.wait_for("[y]es, [n]o and try again, [q]uit; within 60 s")
+        time.sleep(0.5)
+        assert seat.screen[end:].strip() == ""
+        seat.press("q")
+        assert seat.wait() == 130

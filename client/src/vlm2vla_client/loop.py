@@ -260,6 +260,7 @@ class _Episode:
     def _confirmed(self, index: int, proposal: Proposal) -> bool:
         """Asks the operator. Edited words are kept for the next cycle, which starts from a fresh frame."""
         assert self.parts.confirm is not None
+        self.parts.progress.quiet()
         choice, plan = self.parts.confirm(proposal), proposal.motion_plan
         if isinstance(choice, Edit):
             self._record(
@@ -278,6 +279,7 @@ class _Episode:
         self, rows: Iterable[Sequence[float]], answer: Answer, start: Callable[[], MotionStart]
     ) -> ChunkResult:
         parts = self.parts
+        parts.progress.quiet()  # the operator may be told to hold a key, or asked to go on
         with parts.operator.moving(), parts.watch.moving(answer.failed):
             result = parts.executor.run_chunk(rows, answer.context(), start)
         state = parts.robot.state()
@@ -312,7 +314,8 @@ class _Episode:
     def _verify(self, index: int, before: Frame, before_number: int, result: ChunkResult, began_s: float) -> bool:
         """Settle, fresh frame, verdict. A verifier that errs is never a success."""
         parts = self.parts
-        parts.progress.waiting("verifying")
+        if "human" not in parts.verifier.name.split(","):
+            parts.progress.waiting("verifying")
         parts.clock.sleep_s(self.config.settle_s)
         after = parts.camera.after(parts.clock.now_s(), FRAME_TIMEOUT_S)
         parts.moves.look(after)

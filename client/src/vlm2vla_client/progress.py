@@ -38,6 +38,8 @@ class Progress(Protocol):
 
     def waiting(self, what: str) -> None: ...
 
+    def quiet(self) -> None: ...
+
     def subtasks(self, subtasks: Sequence[str]) -> None: ...
 
     def cycle(self, number: int, subtask_number: int, subtask_count: int, subtask: str) -> None: ...
@@ -64,6 +66,9 @@ class SilentProgress:
         """Nothing."""
 
     def waiting(self, what: str) -> None:
+        """Nothing."""
+
+    def quiet(self) -> None:
         """Nothing."""
 
     def subtasks(self, subtasks: Sequence[str]) -> None:
@@ -132,6 +137,10 @@ class ConsoleProgress:
     def waiting(self, what: str) -> None:
         """A spinner until the next line."""
         self._spin(f"{printable(what)} …")
+
+    def quiet(self) -> None:
+        """No spinner: somebody is asked. It would write over the answer, and Rich reads markup in a question's [y]."""
+        self._stop()
 
     def subtasks(self, subtasks: Sequence[str]) -> None:
         """The whole list, once."""
