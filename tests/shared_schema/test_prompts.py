@@ -43,6 +43,14 @@ def test_prompts_equal_the_golden_files(first: str, second: str) -> None:
     assert prompts.motion_plan_prompt(first) == golden("d4_motion_plan.txt", subtask=first)
     assert prompts.actions_prompt(first, second) == golden("d4_actions.txt", subtask=first, motion_plan=second)
     assert prompts.verify_prompt(first, second) == golden("d5_verify.txt", subtask=first, next_subtask=second)
+    assert prompts.annotation_prompt(first) == golden("b1_annotation.txt", trajectory_log=first)
+
+
+def test_the_ranges_prompt_differs_from_the_printed_one_in_labels_and_form_only() -> None:
+    ranges = prompts.annotation_prompt("the log", "b1-ranges").split("\n\n")
+    printed = prompts.annotation_prompt("the log").split("\n\n")
+    assert ranges[0] == printed[0].replace("a task, and", "a task, each after its observation number, and")
+    assert ranges[1] == printed[1] and "Do not copy the actions" in ranges[2] and ranges[3:] == printed[3:]
 
 
 def test_without_a_motion_plan_only_its_clause_is_missing() -> None:

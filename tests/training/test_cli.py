@@ -23,10 +23,6 @@ def test_what_is_not_built_says_so(command: str, capsys: pytest.CaptureFixture[s
     assert "not built yet" in capsys.readouterr().err
 
 
-def test_gemini_is_not_built(tmp_path: Path) -> None:
-    assert main(["annotate", "--annotator", "gemini", "--episodes", str(tmp_path), "--out", str(tmp_path / "o")]) == 2
-
-
 def test_missing_data_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["annotate", "--episodes", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
     assert "expected an episode dataset" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from vlm2vla_training.errors import MissingExtraError, NotBuiltError, UsageError
 
 # Optional module -> the extra that brings it.
 _EXTRAS = {"mujoco": "sim", "torch": "train", "transformers": "train", "trl": "train", "peft": "train",
-           "matplotlib": "train"}  # fmt: skip
+           "matplotlib": "train", "google": "gemini", "pyrate_limiter": "gemini", "tenacity": "gemini"}  # fmt: skip
 # Those of sft.py, which needs torch to be imported; a test compares.
 _PRESETS = ("twin", "paper", "servable", "at", "nr", "qwen", "full_finetune", "qlora")
 _SCOPES = ("language_model", "paper", "all_linear")
@@ -129,6 +129,23 @@ def _add_annotate(commands: Commands[argparse.ArgumentParser]) -> None:
     command = _command(commands, "annotate", "commands:run_annotate", "episode dataset -> annotated.jsonl")
     command.add_argument("--episodes", type=Path, required=True, help="episode dataset")
     command.add_argument("--annotator", choices=("rules", "gemini"), default="rules")
+    gemini = command.add_argument_group("gemini", "key in GEMINI_API_KEY; --prices and --max-usd are required")
+    gemini.add_argument("--prices", type=Path, help="TOML: a table a model, input_usd and output_usd a million tokens")
+    gemini.add_argument("--max-usd", type=float, help="stop before more could be spent, earlier runs in --out included")
+    gemini.add_argument("--model", default="gemini-2.5-flash")
+    gemini.add_argument(
+        "--prompt-version", choices=("b1-ranges", "b1-paper"), default="b1-ranges",
+        help="ask for row ranges (ours), or for copied actions as the paper prints it",
+    )  # fmt: skip
+    gemini.add_argument("--temperature", type=float, default=None, help="default: the model's own, as in the paper")
+    gemini.add_argument("--top-p", type=float, default=None, help="default: the model's own, as in the paper")
+    gemini.add_argument("--max-output-tokens", type=int, default=16384, help="of one answer, thoughts included")
+    gemini.add_argument("--frames-every", type=int, default=1, help="show every n-th observation, and the last")
+    gemini.add_argument("--concurrency", type=int, default=8, help="requests under way at a time")
+    gemini.add_argument("--requests-per-minute", type=int, default=150, help="limit of your account")
+    gemini.add_argument("--tokens-per-minute", type=int, default=1_000_000, help="limit of your account, prompts only")
+    gemini.add_argument("--attempts", type=int, default=8, help="for one answer, when Google is busy")
+    gemini.add_argument("--first-wait-s", type=float, default=2.0, help="longest wait before the second attempt")
 
 
 def _add_audit(commands: Commands[argparse.ArgumentParser]) -> None:
