@@ -17,12 +17,10 @@ PROMPT_VERSIONS: dict[str, str] = {
     "vqa": "plain",
     "completion": "b2-completion",
     "direction": "b2-direction",
-    "annotation_copies": "b1-paper",
-    "annotation": "b1-ranges",
-    "annotation_repair": "b1-repair",
+    "annotation": "b1",
     "human": "b2",
 }
-"""Stage -> version of its prompt. "d4", "d5", "b1-paper" and "b2" are printed in the paper; the others are ours."""
+"""Stage -> version of its prompt. "d4", "d5", "b1" and "b2" are printed in the paper; the others are ours."""
 
 SUBTASKS_D4 = (
     "Describe the sequence of remaining high-level steps required to complete the overall task '{task}', starting "
@@ -118,7 +116,9 @@ ANNOTATION_RANGES = (
     + _ANNOTATION_LOG_B1
 )
 ANNOTATION_PROMPTS: dict[str, str] = {"b1-paper": ANNOTATION_B1, "b1-ranges": ANNOTATION_RANGES}
-"""Version -> annotation prompt: copied actions as printed, or inclusive row ranges (ours)."""
+"""Version -> annotation prompt: copied actions as printed, or inclusive row ranges (ours). Annotations name theirs; no
+model is served with them, so they are not among `PROMPT_VERSIONS`.
+"""
 
 ANNOTATION_REPAIR = (
     "Your answer cannot be used, for these reasons:\n{findings}\n\n"
