@@ -92,12 +92,13 @@ def mirrored(log: Log) -> list[dict[str, Any]]:
 class Books:
     """`billed`: (prompt, output, thought) tokens of every answer that was made, by serial number, which is also the
     prompt's count less 1000. `asked`: (instruction, repair) of every request. `kill_at`: numbers of requests at which
-    `victim` is ended before they are answered.
+    `victim` gets `signal` before they are answered.
     """
 
     faults: Callable[[str], str]
     kill_at: list[int] = field(default_factory=list)
     victim: int | None = None
+    signal: signal.Signals = signal.SIGKILL
     billed: dict[int, tuple[int, int, int]] = field(default_factory=dict)
     asked: list[tuple[str, bool]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -109,7 +110,7 @@ class Books:
             self.asked.append((log.instruction, log.repair))
             if self.victim is not None and self.kill_at and len(self.asked) >= self.kill_at[0]:
                 self.kill_at.pop(0)
-                os.kill(self.victim, signal.SIGKILL)
+                os.kill(self.victim, self.signal)
                 self.victim = None
         return self._answer(log, before)
 
@@ -127,6 +128,8 @@ class Books:
             return error(400, "INVALID_ARGUMENT", "API key not valid. Please pass a valid API key.")
         if fault == "unknown":
             return error(404, "NOT_FOUND", "no such model")
+        if fault == "tomorrow":
+            return error(429, "RESOURCE_EXHAUSTED", "quota of the day", retry_delay="40000s")
         if fault == "busy":
             return error(503, "UNAVAILABLE")
         bad = fault if twice or not log.repair else "good"

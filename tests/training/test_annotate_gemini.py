@@ -7,8 +7,10 @@ from __future__ import annotations
 import base64
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +20,12 @@ import pytest
 from annotation_server import FAULTS, REFUSED_FOR_GOOD, Books, annotation_server
 from training_fakes import Segment, episode_of
 
+from vlm2vla_schema.gemini import Price
 from vlm2vla_schema.prompts import annotation_prompt
-from vlm2vla_training.annotation.gemini_journal import held
-from vlm2vla_training.annotation.gemini_request import log_text
+from vlm2vla_training.annotation.gemini_budget import Budget
+from vlm2vla_training.annotation.gemini_calls import GeminiCalls, LineSettings, StoppedError
+from vlm2vla_training.annotation.gemini_journal import Journal, held
+from vlm2vla_training.annotation.gemini_request import RequestSettings, log_text, question_about
 from vlm2vla_training.cli import main
 from vlm2vla_training.episodes.parquet import EpisodeWriter
 from vlm2vla_training.jsonio import read_jsonl
@@ -129,6 +134,17 @@ def test_faults_and_three_kills_lose_double_and_miscount_nothing(version: str, t
     assert usd_of(in_flight) <= cost["uncounted_usd"]
 
 
+def test_an_interrupted_run_keeps_what_was_under_way(tmp_path: Path) -> None:
+    keys = dataset(tmp_path / "episodes", 30)
+    with annotation_server(kill_at=[12]) as (server, books):
+        books.signal = signal.SIGINT
+        assert run_until_killed(arguments(tmp_path), books, server.url) == 130
+        assert 12 <= len(books.billed) < 30
+        assert run_until_killed(arguments(tmp_path), books, server.url) == 0
+    assert Counter(line["episode_key"] for line in lines_of(tmp_path)) == Counter(keys)
+    assert len(books.billed) == 30 and summary_of(tmp_path)["cost"]["uncounted"] == 0
+
+
 def test_without_kills_the_cost_is_exactly_what_was_billed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset(tmp_path / "episodes", 20)
     with annotation_server(FAULTS) as (server, books):
@@ -193,7 +209,7 @@ def test_the_limit_in_dollars_is_kept_and_a_higher_one_goes_on(tmp_path: Path, m
     assert len(lines_of(tmp_path)) == 12 == len(books.billed)
 
 
-@pytest.mark.parametrize(("fault", "requests"), [("key", 1), ("unknown", 1), ("busy", 20)])
+@pytest.mark.parametrize(("fault", "requests"), [("key", 1), ("unknown", 1), ("busy", 20), ("tomorrow", 10)])
 def test_a_refusal_of_everything_ends_the_run(
     fault: str, requests: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -202,7 +218,8 @@ def test_a_refusal_of_everything_ends_the_run(
         monkeypatch.setenv("GOOGLE_GEMINI_BASE_URL", server.url)
         assert main(arguments(tmp_path, "--concurrency", "1", "--attempts", "2")) == 1
     summary = summary_of(tmp_path)
-    assert summary["left"] == 40 and summary["cost"]["usd"] == 0.0 and summary["stopped"]
+    assert summary["left"] == 40 and summary["cost"]["calls"] == 0 and summary["stopped"]
+    assert summary["cost"]["refused"] == len(books.asked)
     assert requests <= len(books.asked) <= requests + 4, "what was under way when the run stopped ends"
     assert KEY not in capsys.readouterr().err + (tmp_path / "out" / "calls.jsonl").read_text()
 
@@ -217,6 +234,35 @@ def test_a_call_that_got_lost_is_asked_again_and_counted_at_its_bound(
     cost = summary_of(tmp_path)["cost"]
     assert cost["uncounted"] == 1 and cost["uncounted_usd"] > 16384 * OUTPUT_USD / 1e6
     assert cost["usd"] == pytest.approx(usd_of(list(books.billed.values())), abs=1e-6)
+
+
+def test_no_more_requests_leave_in_a_minute_than_the_account_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, price, stop = RequestSettings(), Price(input_usd=1.0, output_usd=1.0), threading.Event()
+    questions = [question_about(episode_of(SHORT, f"pick up carrot {i}", f"fake/{i}"), settings) for i in range(3)]
+    ended: list[Exception] = []
+    with annotation_server() as (server, books), Journal(tmp_path, price) as journal:
+        monkeypatch.setenv("GOOGLE_GEMINI_BASE_URL", server.url)
+        speed = LineSettings(requests_per_minute=2)
+        calls = GeminiCalls(KEY, settings, speed, price, journal, Budget(1.0, 0.0), stop)
+        for question in questions[:2]:
+            assert calls.ask(question, [], None).outcome == "text"
+
+        def third() -> None:
+            try:
+                calls.ask(questions[2], [], None)
+            except StoppedError as error:
+                ended.append(error)
+
+        thread = threading.Thread(target=third)
+        thread.start()
+        thread.join(1.0)
+        assert thread.is_alive() and len(books.asked) == 2
+        stop.set()
+        thread.join(30.0)
+        calls.close()
+    assert len(ended) == 1 and len(books.asked) == 2
 
 
 def test_changed_data_is_annotated_again_and_the_last_line_counts(

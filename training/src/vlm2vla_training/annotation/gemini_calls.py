@@ -25,6 +25,8 @@ _MAX_MESSAGE_CHARS = 300
 _TOKENS_A_PERMIT = 1000
 _SILENCE_S = 300.0
 _LONGEST_WAIT_S = 60.0
+# Who asks for a longer wait than this means another day.
+_LONGEST_WISH_S = 180.0
 # These are about the key, the account or the model: every other request would be refused too.
 _REFUSES_ALL = frozenset({401, 403, 404})
 
@@ -198,7 +200,10 @@ class GeminiCalls:
 def _refusal(error: errors.APIError, message: str) -> CallError:
     code = int(error.code or 0)
     if code in PASSING_STATUS:
-        return _PassingError(message, asked_to_wait_s(error))
+        wish_s = asked_to_wait_s(error)
+        if wish_s > _LONGEST_WISH_S:
+            return CallError(f"{message} (and asks to wait {wish_s:.0f} s)")
+        return _PassingError(message, wish_s)
     refuses_all = code in _REFUSES_ALL or "api key" in message.lower()
     return RefusedError(message) if refuses_all else CallError(message)
 

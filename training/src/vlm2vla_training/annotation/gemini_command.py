@@ -6,8 +6,9 @@ import argparse
 import sys
 import threading
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Container, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,19 +99,19 @@ def _annotate(
     path = args.out / ANNOTATED_FILE
     with Journal(args.out, price, finished) as journal, JsonlAppender(path, durable=True) as file:
         spent = journal.spent
-        measured = (spent.output_tokens + spent.thought_tokens) / spent.calls if spent.calls else None
-        estimate = estimate_annotation(dataset, left, settings, price, measured)
+        estimate = estimate_annotation(dataset, left, settings, price, spent.mean_output_tokens())
         print(f"{NOTICE}.\nannotate: {estimate.text()}; spent so far: {spent.text()}", file=sys.stderr, flush=True)
         budget = Budget(args.max_usd, spent.at_most_usd())
         calls = GeminiCalls(key, settings, speed, price, journal, budget, stop)
         episodes = _unfinished(dataset, settings, finished)
-        results = in_parallel(GeminiAnnotator(settings, calls), episodes, args.concurrency, stop)
-        for episode_key, result in track(results, len(left), "annotate", spent.text):
-            if isinstance(result, AnnotatedEpisode):
-                file.append(result.to_json())
-                run.in_a_row = 0
-            elif run.note_failure(episode_key, result):
-                stop.set()
+        # Closed before the journal, whatever happens: what is under way still writes into it.
+        with closing(in_parallel(GeminiAnnotator(settings, calls), episodes, args.concurrency, stop)) as results:
+            for episode_key, result in track(results, len(left), "annotate", spent.text):
+                if isinstance(result, AnnotatedEpisode):
+                    file.append(result.to_json())
+                    run.in_a_row = 0
+                elif run.note_failure(episode_key, result):
+                    stop.set()
         calls.close()
     left, _ = _progress(dataset, args.out, settings)
     summary = {
@@ -157,7 +158,7 @@ def _unfinished(dataset: EpisodeDataset, settings: RequestSettings, finished: Co
 
 def in_parallel(
     annotator: Annotator, episodes: Iterator[Episode], workers: int, stop: threading.Event
-) -> Iterator[Result]:
+) -> Generator[Result]:
     """Yield each episode's key with its annotation or why there is none, as they come; few episodes are in memory.
 
     When the caller stops early, what is under way ends first: it is paid for.

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from vlm2vla_schema.gemini import GeminiAnswer, Price, Tokens, cost_usd
-from vlm2vla_training.errors import UsageError
+from vlm2vla_training.errors import DataError, UsageError
 from vlm2vla_training.jsonio import JsonlAppender, read_jsonl
 
 CALLS_FILE = "calls.jsonl"
@@ -24,9 +24,12 @@ CALLS_FILE = "calls.jsonl"
 
 @dataclass
 class Spent:
-    """The sum over all calls. `uncounted` calls have no token counts; `uncounted_usd` is the most they can cost."""
+    """The sum over all calls that may be billed. `uncounted` of them have no token counts; `uncounted_usd` is the most
+    that these can cost. `refused`: error answers, which are free.
+    """
 
     calls: int = 0
+    refused: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
     thought_tokens: int = 0
@@ -45,6 +48,11 @@ class Spent:
         self.output_tokens += tokens.output or 0
         self.thought_tokens += tokens.thought or 0
         self.usd += usd
+
+    def mean_output_tokens(self) -> float | None:
+        """Tokens of an answer so far, thoughts included; None before the first."""
+        counted = self.calls - self.uncounted
+        return (self.output_tokens + self.thought_tokens) / counted if counted else None
 
     def at_most_usd(self) -> float:
         """What has been spent at the most."""
@@ -87,6 +95,9 @@ class Journal:
             folder: of the run.
             price: of the model, for new calls; recorded calls keep their own.
             finished: contents whose recorded answers nobody will ask for.
+
+        Raises:
+            DataError: the file is not what this class writes.
         """
         self._lock = threading.Lock()
         self._price = price
@@ -105,7 +116,12 @@ class Journal:
                 open_calls[number] = line
                 following = number + 1
                 continue
+            if number not in open_calls:
+                raise DataError(f"{path} tells what came of call {number}, which was never asked; it has been changed")
             asked = open_calls.pop(number)
+            if line["event"] == "refused":
+                self.spent.refused += 1
+                continue
             tokens = Tokens(*(line[f"{name}_tokens"] for name in ("prompt", "output", "thought")))
             self.spent.add(tokens, line["usd"], asked["bound_usd"])
             if line["event"] == "answered" and asked["content"] not in finished:
@@ -139,7 +155,8 @@ class Journal:
     def refused(self, number: int, message: str) -> None:
         """Record an error answer, which is not billed."""
         with self._lock:
-            self._close("refused", number, GeminiAnswer("invalid", message=message, tokens=Tokens(0, 0, 0)), 0.0, 0.0)
+            self._file.append({"event": "refused", "call": number, "message": message})
+            self.spent.refused += 1
 
     def lost(self, number: int, message: str, bound_usd: float) -> None:
         """Record that no answer came: the call counts at its bound."""
