@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm2vla_schema import prompts
+from vlm2vla_schema.embodiments import WIDOWX_ROTATION
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 TEXTS = [
@@ -70,6 +71,19 @@ def test_the_last_subtask_has_its_own_version() -> None:
 def test_versions_of_the_printed_prompts() -> None:
     versions = prompts.PROMPT_VERSIONS
     assert [versions[stage] for stage in ("subtasks", "motion_plan", "actions", "verify")] == ["d4", "d4", "d4", "d5"]
+
+
+def test_a_card_with_rotation_changes_the_axes_and_nothing_else() -> None:
+    for version, row in (("b1-paper", "representing [dx, dy, dz, droll, dpitch, dyaw, gripper]"), ("b1-ranges", "")):
+        four = prompts.annotation_prompt("the log", version)
+        seven = prompts.annotation_prompt("the log", version, WIDOWX_ROTATION)
+        assert "a 7-DoF robot arm (x,y,z,roll,pitch,yaw,gripper)" in seven and row in seven
+        assert all(axis.signs in seven for axis in WIDOWX_ROTATION.axes)
+        back = seven.replace("7-DoF", "4-DoF").replace(",roll,pitch,yaw", "").replace(", droll, dpitch, dyaw", "")
+        for axis in WIDOWX_ROTATION.axes[3:]:
+            back = back.replace(" " + axis.signs, "")
+        words = WIDOWX_ROTATION.places()["words"]
+        assert back.replace(words, "forward, backward, left, right, up and down") == four
 
 
 @given(st.text(), st.text())

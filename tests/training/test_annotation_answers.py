@@ -13,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training_fakes import PICK, episode_of
 
+from vlm2vla_schema.embodiments import WIDOWX_ROTATION
 from vlm2vla_schema.gemini import GeminiAnswer
 from vlm2vla_training.annotation.copies import MAX_WRONG, align, copy_findings
+from vlm2vla_training.annotation.findings import copy_error_rate, said_directions
 from vlm2vla_training.annotation.gemini_answer import read_annotation
 from vlm2vla_training.annotation.gemini_budget import image_tokens, read_price
 from vlm2vla_training.annotation.gemini_request import chosen_frames, log_text
@@ -137,6 +139,19 @@ def test_the_log_as_text() -> None:
     lines = log_text(episode).splitlines()
     assert lines[0] == "Instruction: open the silver pot" and len(lines) == 2 + 29
     assert lines[3] == "1: [-0.002, -0.002, -0.013, 1.0]" and lines[-1] == "28: [0.0, 0.0, 0.001, 1.0]"
+
+
+def test_rows_with_rotation_are_shown_and_their_copies_found() -> None:
+    _, episode = silver_pot()
+    episode.actions[:, 5] = np.arange(29) / 100
+    assert log_text(episode, WIDOWX_ROTATION).splitlines()[3] == "1: [-0.002, -0.002, -0.013, 0.0, 0.0, 0.01, 1.0]"
+    words = {"step_description": "Move to Lid", "reasoning": "r", "main_movements": "Turning counterclockwise."}
+    answer = [{**words, "actions": episode.actions[:12].tolist()}, {**words, "actions": episode.actions[12:].tolist()}]
+    reading = read_annotation(episode, GeminiAnswer("text", json.dumps(answer)), "b1-paper", WIDOWX_ROTATION)
+    assert [(step.first, step.last) for step in reading.steps] == [(0, 11), (12, 28)] and not reading.problems
+    assert reading.steps[0].actions == episode.actions[:12][:, [0, 1, 2, 6]].tolist()
+    assert reading.copies is not None and copy_error_rate(reading.copies, episode.actions) == 0.0
+    assert all(said_directions(word) == set() for axis in WIDOWX_ROTATION.axes[3:] for word in axis.words)
 
 
 def test_frames_are_thinned_until_they_fit_into_a_request() -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from vlm2vla_schema.embodiments import WIDOWX, Embodiment
+
 PROMPT_VERSIONS: dict[str, str] = {
     "subtasks": "d4",
     "motion_plan": "d4",
@@ -69,10 +71,8 @@ _ANNOTATION_INPUTS_B1 = (
     "trajectory_log_content. "
 )
 _ANNOTATION_AXES_B1 = (
-    "You are programming a 4-DoF robot arm (x,y,z,gripper). Positive x points forward "
-    "(negative x points backward) with respect robot's end-effector. Positive y points left (negative y points right) "
-    "with respect to the robot's end effector. Positive z points up (negative z points down) with respect to the "
-    "robot's end-effector. The gripper takes a binary value of 1 for open and 0 for closed.\n\n"
+    "You are programming a {degrees}-DoF robot arm ({axes}). {signs} The gripper takes a binary value of 1 for open "
+    "and 0 for closed.\n\n"
 )
 _ANNOTATION_TASK_B1 = (
     "Your task is to analyze the language instruction found in the trajectory log. Crucially, first think step-by-step "
@@ -80,11 +80,11 @@ _ANNOTATION_TASK_B1 = (
     "their ordering during the trajectory. Be short and concise. Output your reasoning as a structured JSON file.\n\n"
 )
 _ANNOTATION_COPIES_B1 = (
-    "Then, after you've explained your reasoning, give the actions with respect to (dx, dy, dz, gripper) that the "
+    "Then, after you've explained your reasoning, give the actions with respect to ({row}) that the "
     "robot must execute to achieve this goal given the orientation described previously, associating each action "
     "or group of actions with the natural language decomposition you decided on. Store these actions in JSON "
     "format as a list of dictionaries, where each dictionary has 'step_description' (string) and 'actions' (list "
-    "of lists representing [dx, dy, dz, gripper]). Make sure your actions match what is provided in the attached "
+    "of lists representing [{row}]). Make sure your actions match what is provided in the attached "
     ".txt file. For example:\n\n"
 )
 _ANNOTATION_RANGES_B1 = (
@@ -92,9 +92,9 @@ _ANNOTATION_RANGES_B1 = (
     "of rows of the log with the natural language decomposition you decided on. Do not copy the actions. Store the "
     "steps in JSON format as a list of dictionaries, where each dictionary has 'step_description' (string, a short "
     "name such as 'Grasp Lid Handle'; the first one starts with 'Move to'), 'reasoning' (string), 'main_movements' "
-    "(string: the directions in which the gripper mainly moves, in the words forward, backward, left, right, up and "
-    "down, and what the gripper does; no digits), and 'first' and 'last' (integers: the numbers of the first and the "
-    "last row of the step, both included). The first step begins with the first row of the log, each further step with "
+    "(string: the directions in which the gripper mainly moves, in the words {words}, and what the gripper does; no "
+    "digits), and 'first' and 'last' (integers: the numbers of the first and the last row of the step, both included). "
+    "The first step begins with the first row of the log, each further step with "
     "the row after the last one of the step before, and the last step ends with the last row of the log. The row at "
     "which the gripper closes belongs to the step that grasps, the row at which it opens to the step that releases."
     "\n\n"
@@ -184,12 +184,12 @@ def verify_prompt_version(next_subtask: str | None) -> str:
     return PROMPT_VERSIONS["verify_last" if next_subtask is None else "verify"]
 
 
-def annotation_prompt(trajectory_log: str, version: str = "b1-paper") -> str:
+def annotation_prompt(trajectory_log: str, version: str = "b1-paper", embodiment: Embodiment = WIDOWX) -> str:
     """An annotation prompt of `ANNOTATION_PROMPTS`; the log's text (instruction and actions) comes last.
 
-    `b1-paper` is appendix B.1 as printed.
+    `b1-paper` for the default embodiment is appendix B.1 as printed.
     """
-    return _fill(ANNOTATION_PROMPTS[version], trajectory_log=trajectory_log)
+    return _fill(ANNOTATION_PROMPTS[version], trajectory_log=trajectory_log, **embodiment.places())
 
 
 def annotation_repair_prompt(findings: Sequence[str]) -> str:

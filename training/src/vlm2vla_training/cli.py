@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vlm2vla_schema.embodiments import EMBODIMENTS
 from vlm2vla_schema.errors import VLM2VLAError
 from vlm2vla_training.errors import MissingExtraError, NotBuiltError, UsageError
 
@@ -141,6 +142,7 @@ def _add_annotate(commands: Commands[argparse.ArgumentParser]) -> None:
     gemini.add_argument("--top-p", type=float, default=None, help="default: the model's own, as in the paper")
     gemini.add_argument("--max-output-tokens", type=int, default=16384, help="of one answer, thoughts included")
     gemini.add_argument("--frames-every", type=int, default=1, help="show every n-th observation, and the last")
+    gemini.add_argument("--embodiment", choices=tuple(EMBODIMENTS), default="widowx", help="card of the log's axes")
     gemini.add_argument("--concurrency", type=int, default=8, help="requests under way at a time")
     gemini.add_argument("--requests-per-minute", type=int, default=150, help="limit of your account")
     gemini.add_argument("--tokens-per-minute", type=int, default=1_000_000, help="limit of your account, prompts only")

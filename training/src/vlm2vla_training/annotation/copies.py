@@ -17,7 +17,7 @@ from vlm2vla_training.annotation.findings import Finding
 
 # A copy with more wrong rows than this share is not worth aligning: the annotator was not looking at this log.
 MAX_WRONG = 0.10
-_MILLIMETRES = 1000
+_THOUSANDTHS = 1000
 
 Copies = Sequence[Sequence[Sequence[float]]]
 
@@ -41,8 +41,8 @@ def align(copies: Copies, rows: NDArray[np.float64]) -> Alignment:
     """Lay copied rows over the log.
 
     Args:
-        copies: for each step its rows [dx_m, dy_m, dz_m, gripper]; rows of another width match nothing.
-        rows: [T, 4] of the log. Both are compared in whole millimetres, as the log was shown.
+        copies: for each step its rows, such as [dx_m, dy_m, dz_m, gripper]; rows of another width match nothing.
+        rows: [T, W] of the log. Both are compared to three decimals (millimetres, milliradians), as the log was shown.
     """
     mine = [_whole(row) for step in copies for row in step]
     theirs = [_whole(row) for row in rows]
@@ -79,7 +79,7 @@ def copy_findings(alignment: Alignment, steps: Sequence[str], rows: int) -> list
 
 
 def _whole(row: Sequence[float] | NDArray[np.float64]) -> tuple[int, ...]:
-    return tuple(round(float(value) * _MILLIMETRES) for value in row)
+    return tuple(round(float(value) * _THOUSANDTHS) for value in row)
 
 
 def _between(place: int, codes: Sequence[tuple[str, int, int, int, int]]) -> int:

@@ -45,13 +45,13 @@ class GeminiAnnotator:
         question = question_about(episode, self._settings)
         sizes = [image_size(data) for _, data in question.frames]
         answer = self._calls.ask(question, sizes, None)
-        reading = read_annotation(episode, answer, self._settings.version)
+        reading = read_annotation(episode, answer, self._settings.version, self._settings.card())
         first = reading.grave(episode)
         rounds = 1
         if first and reading.again:
             said = (answer.text or "") if answer.outcome == "text" else ""
             answer = self._calls.ask(question, sizes, (said, annotation_repair_prompt([_line(one) for one in first])))
-            reading = read_annotation(episode, answer, self._settings.version)
+            reading = read_annotation(episode, answer, self._settings.version, self._settings.card())
             rounds = 2
         return AnnotatedEpisode(
             episode.key, episode.instruction, self.name, reading.steps, self._audit(episode, question, reading, rounds)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from vlm2vla_schema.embodiments import WIDOWX, Embodiment
 from vlm2vla_schema.errors import validation_details
 from vlm2vla_schema.gemini import GeminiAnswer
 from vlm2vla_training.annotation.base import AnnotatedStep, step_from_log
@@ -62,15 +63,17 @@ class Reading:
         return [finding for finding in found if finding.grave]
 
 
-def read_annotation(episode: Episode, answer: GeminiAnswer, version: str) -> Reading:
-    """Read an answer to the prompt of `version`. Never raises: what is wrong becomes a finding."""
+def read_annotation(
+    episode: Episode, answer: GeminiAnswer, version: str, embodiment: Embodiment = WIDOWX
+) -> Reading:
+    """Read an answer to the prompt of `version` about rows of `embodiment`. What is wrong becomes a finding."""
     if answer.outcome != "text":
         # A prompt that was refused stays the same when it is sent again; an answer that was stopped may come out else.
         refused = answer.outcome == "blocked" and answer.finish_reason is None
         return Reading(problems=[_no_answer(answer.message)], again=not refused)
     try:
         if version == "b1-paper":
-            return _from_copies(episode, _COPIED.validate_json(answer.text or ""))
+            return _from_copies(episode, _COPIED.validate_json(answer.text or ""), embodiment)
         steps = [_cleaned(_claimed(episode, step)) for step in _RANGED.validate_json(answer.text or "")]
     except ValidationError as error:
         problems = validation_details(error)["problems"][:3]
@@ -91,10 +94,10 @@ def _claimed(episode: Episode, step: _RangedStep) -> AnnotatedStep:
     return replace(rows, first=step.first, last=step.last)
 
 
-def _from_copies(episode: Episode, steps: Sequence[_CopiedStep]) -> Reading:
+def _from_copies(episode: Episode, steps: Sequence[_CopiedStep], embodiment: Embodiment) -> Reading:
     if not steps:
         return Reading(problems=[_no_answer("an empty list of steps")])
-    alignment = align([step.actions for step in steps], episode.actions[:, [0, 1, 2, 6]])
+    alignment = align([step.actions for step in steps], episode.actions[:, embodiment.columns])
     placed = [
         _cleaned(step_from_log(episode, step.step_description, step.reasoning, step.main_movements, begin, end))
         for step, (begin, end) in zip(steps, alignment.ranges, strict=True)

@@ -145,8 +145,9 @@ def _settings(args: argparse.Namespace) -> tuple[RequestSettings, Price]:
         if getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
     settings = RequestSettings(
-        args.model, args.prompt_version, args.temperature, args.top_p, args.max_output_tokens, args.frames_every
-    )
+        args.model, args.prompt_version, args.temperature, args.top_p, args.max_output_tokens, args.frames_every,
+        args.embodiment,
+    )  # fmt: skip
     return settings, read_price(args.prices, args.model)
 
 

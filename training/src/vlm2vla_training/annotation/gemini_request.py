@@ -10,7 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from vlm2vla_schema.parsing import format_actions
+from vlm2vla_schema.embodiments import EMBODIMENTS, WIDOWX, Embodiment
+from vlm2vla_schema.parsing import format_number
 from vlm2vla_schema.prompts import annotation_prompt
 from vlm2vla_training.episodes.base import Episode, binary_gripper
 from vlm2vla_training.errors import DataError
@@ -30,6 +31,7 @@ class RequestSettings:
         temperature: None leaves the model's own: the paper prints none for the annotation. The same for `top_p`.
         max_output_tokens: of one answer, thoughts included.
         frames_every: every n-th observation is shown, and the last (Fig. 10 shows every tenth); 1 shows all.
+        embodiment: name of the card that describes the log's rows.
     """
 
     model: str = DEFAULT_MODEL
@@ -38,6 +40,11 @@ class RequestSettings:
     top_p: float | None = None
     max_output_tokens: int = 16384
     frames_every: int = 1
+    embodiment: str = WIDOWX.name
+
+    def card(self) -> Embodiment:
+        """The embodiment's card."""
+        return EMBODIMENTS[self.embodiment]
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ def question_about(episode: Episode, settings: RequestSettings) -> Question:
     """
     if not len(episode) or not episode.images:
         raise DataError(f"episode {episode.key} has {len(episode)} rows and {len(episode.images)} images")
-    prompt = annotation_prompt(log_text(episode), settings.version)
+    prompt = annotation_prompt(log_text(episode, settings.card()), settings.version, settings.card())
     frames = chosen_frames(episode, settings.frames_every)
     asked = [episode.key, asdict(settings), response_schema(settings.version), prompt]
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
@@ -68,12 +75,14 @@ def question_about(episode: Episode, settings: RequestSettings) -> Question:
     return Question(episode.key, digest.hexdigest(), prompt, frames, labelled=settings.version == "b1-ranges")
 
 
-def log_text(episode: Episode) -> str:
-    """The trajectory log of B.1: the instruction, then one row [dx, dy, dz, gripper] a step in metres, numbered."""
-    grippers = binary_gripper(episode.actions[:, 6])
-    lines = [f"Instruction: {episode.instruction}", "Rows, each with its number, as [dx, dy, dz, gripper] in metres:"]
-    for index, (motion, gripper) in enumerate(zip(episode.actions[:, :3].tolist(), grippers.tolist(), strict=True)):
-        lines.append(f"{episode.first_step + index}: {format_actions([[*motion, gripper]])[1:-1]}")
+def log_text(episode: Episode, embodiment: Embodiment = WIDOWX) -> str:
+    """The trajectory log of B.1: the instruction, then one row a step, numbered, such as [dx, dy, dz, gripper]."""
+    rows = episode.actions.copy()
+    rows[:, 6] = binary_gripper(rows[:, 6])
+    row = embodiment.places()["row"]
+    lines = [f"Instruction: {episode.instruction}", f"Rows, each with its number, as [{row}] in {embodiment.units}:"]
+    for index, values in enumerate(rows[:, embodiment.columns].tolist()):
+        lines.append(f"{episode.first_step + index}: [{', '.join(map(format_number, values))}]")
     return "\n".join(lines)
 
 
