@@ -158,6 +158,23 @@ def test_without_kills_the_cost_is_exactly_what_was_billed(tmp_path: Path, monke
     assert summary_of(tmp_path)["audit"]["quarantined"] == len(REFUSED_FOR_GOOD) and len(lines_of(tmp_path)) == 20
 
 
+def test_what_is_in_quarantine_is_shown_to_people_and_not_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset(tmp_path / "episodes", 20)
+    with annotation_server(FAULTS) as (server, _):
+        monkeypatch.setenv("GOOGLE_GEMINI_BASE_URL", server.url)
+        assert main(arguments(tmp_path)) == 0
+    read = ["--episodes", str(tmp_path / "episodes"), "--annotated", str(tmp_path / "out")]
+    assert main(["audit", *read, "--out", str(tmp_path / "audit")]) == 0
+    page = (tmp_path / "audit" / "audit.html").read_text()
+    assert "RECITATION" in page and "refused the pictures or the words" in page
+    assert main(["curate", *read, "--out", str(tmp_path / "examples")]) == 0
+    curated = json.loads((tmp_path / "examples" / "summary.json").read_text())
+    assert curated["episodes"] == 20 - len(REFUSED_FOR_GOOD) == 20 - sum(curated["left_out"].values())
+    assert curated["annotators"] == ["gemini-2.5-flash b1-ranges"] and not curated["dropped"]
+
+
 def test_what_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset(tmp_path / "episodes", 1)
     episode = episode_of(SHORT, "pick up carrot 0", "fake/0")
