@@ -93,9 +93,9 @@ def run_until_killed(command: list[str], books: Books, url: str) -> int:
 
 @pytest.mark.parametrize("version", ["b1-ranges", "b1-paper"])
 def test_faults_and_three_kills_lose_double_and_miscount_nothing(version: str, tmp_path: Path) -> None:
-    keys = dataset(tmp_path / "episodes", 100)
+    keys = dataset(tmp_path / "episodes", 200)
     command = arguments(tmp_path, "--prompt-version", version)
-    with annotation_server(FAULTS, kill_at=[30, 65, 100]) as (server, books):
+    with annotation_server(FAULTS, kill_at=[60, 130, 200]) as (server, books):
         codes = [run_until_killed(command, books, server.url) for _ in range(4)]
     assert codes == [-9, -9, -9, 0]
 
