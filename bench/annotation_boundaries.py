@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vlm2vla_training.annotation.files import read_annotated
 from vlm2vla_training.cli import main as train
-from vlm2vla_training.commands import read_annotated
 from vlm2vla_training.jsonio import read_jsonl
 
 CHECKOUT = Path(__file__).resolve().parents[1]

@@ -142,7 +142,7 @@ setup_env() {
     # setuptools first: the packages are then built without an isolated environment each.
     pip_install "$venv" setuptools
     local wanted=(-e "$ROOT/shared_schema" -e "$ROOT/twin[sim]" -e "$ROOT/server[transformers,openai]" -e "$ROOT/client[sim,gemini]"
-                  -e "$ROOT/training[sim,train]")
+                  -e "$ROOT/training[sim,train,gemini]")
     [ "$level" = dev ] && wanted+=("${DEV_TOOLS[@]}")
     pip_install "$venv" --no-build-isolation "${wanted[@]}"
     printf '%s' "$stamp" > "$venv/.vlm2vla-$level"

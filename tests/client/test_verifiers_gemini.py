@@ -34,16 +34,9 @@ from gemini_server import (
 from vlm2vla_client.errors import ConfigurationError, VerifierError
 from vlm2vla_client.verifiers.base import Notes
 from vlm2vla_client.verifiers.gemini import RESPONSE_SCHEMA, GeminiVerifier
-from vlm2vla_client.verifiers.gemini_settings import (
-    GeminiSettings,
-    Price,
-    Tokens,
-    api_key,
-    cost_usd,
-    has_consented,
-    record_consent,
-)
+from vlm2vla_client.verifiers.gemini_settings import GeminiSettings, has_consented, record_consent
 from vlm2vla_client.verifiers.outside import open_outside
+from vlm2vla_schema.gemini import Price, Tokens, api_key, cost_usd
 from vlm2vla_schema.images import encode_jpeg
 from vlm2vla_schema.types import Frame, Verdict
 

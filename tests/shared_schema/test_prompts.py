@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm2vla_schema import prompts
+from vlm2vla_schema.embodiments import WIDOWX_ROTATION
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 TEXTS = [
@@ -43,6 +44,14 @@ def test_prompts_equal_the_golden_files(first: str, second: str) -> None:
     assert prompts.motion_plan_prompt(first) == golden("d4_motion_plan.txt", subtask=first)
     assert prompts.actions_prompt(first, second) == golden("d4_actions.txt", subtask=first, motion_plan=second)
     assert prompts.verify_prompt(first, second) == golden("d5_verify.txt", subtask=first, next_subtask=second)
+    assert prompts.annotation_prompt(first) == golden("b1_annotation.txt", trajectory_log=first)
+
+
+def test_the_ranges_prompt_differs_from_the_printed_one_in_labels_and_form_only() -> None:
+    ranges = prompts.annotation_prompt("the log", "b1-ranges").split("\n\n")
+    printed = prompts.annotation_prompt("the log").split("\n\n")
+    assert ranges[0] == printed[0].replace("a task, and", "a task, each after its observation number, and")
+    assert ranges[1] == printed[1] and "Do not copy the actions" in ranges[2] and ranges[3:] == printed[3:]
 
 
 def test_without_a_motion_plan_only_its_clause_is_missing() -> None:
@@ -62,6 +71,19 @@ def test_the_last_subtask_has_its_own_version() -> None:
 def test_versions_of_the_printed_prompts() -> None:
     versions = prompts.PROMPT_VERSIONS
     assert [versions[stage] for stage in ("subtasks", "motion_plan", "actions", "verify")] == ["d4", "d4", "d4", "d5"]
+
+
+def test_a_card_with_rotation_changes_the_axes_and_nothing_else() -> None:
+    for version, row in (("b1-paper", "representing [dx, dy, dz, droll, dpitch, dyaw, gripper]"), ("b1-ranges", "")):
+        four = prompts.annotation_prompt("the log", version)
+        seven = prompts.annotation_prompt("the log", version, WIDOWX_ROTATION)
+        assert "a 7-DoF robot arm (x,y,z,roll,pitch,yaw,gripper)" in seven and row in seven
+        assert all(axis.signs in seven for axis in WIDOWX_ROTATION.axes)
+        back = seven.replace("7-DoF", "4-DoF").replace(",roll,pitch,yaw", "").replace(", droll, dpitch, dyaw", "")
+        for axis in WIDOWX_ROTATION.axes[3:]:
+            back = back.replace(" " + axis.signs, "")
+        words = WIDOWX_ROTATION.places()["words"]
+        assert back.replace(words, "forward, backward, left, right, up and down") == four
 
 
 @given(st.text(), st.text())

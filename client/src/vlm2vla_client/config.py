@@ -33,7 +33,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from vlm2vla_client.errors import ConfigurationError
 from vlm2vla_client.recorder import MIN_FREE_BYTES
 from vlm2vla_client.safety import Limits
-from vlm2vla_client.verifiers.gemini_settings import GeminiSettings, Price
+from vlm2vla_client.verifiers.gemini_settings import GeminiSettings
+from vlm2vla_schema.gemini import Price
 from vlm2vla_twin.kinematics import MAX_JOINT_SPEED_RAD_S
 
 DEFAULT_SERVER = "http://127.0.0.1:8000"

@@ -276,10 +276,11 @@ def _format_row(row: Sequence[float]) -> str:
         raise ValueError(f"expected a row of {ROW_WIDTH} finite numbers, got {values}")
     if values[3] not in (0.0, 1.0):
         raise ValueError(f"expected a gripper of 0 or 1, got {values[3]}")
-    return "[" + ", ".join(_format_number(value) for value in values) + "]"
+    return "[" + ", ".join(format_number(value) for value in values) + "]"
 
 
-def _format_number(value: float) -> str:
+def format_number(value: float) -> str:
+    """Write one number of canonical action text: 3 decimals at most, trailing zeros cut to one, never "-0.0"."""
     text = f"{value:.{DECIMALS}f}".rstrip("0")
     text = text + "0" if text.endswith(".") else text
     return "0.0" if text == "-0.0" else text

@@ -6,6 +6,9 @@ Inserted text goes in unescaped, exactly as given, whatever braces or quotes it 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+
+from vlm2vla_schema.embodiments import WIDOWX, Embodiment
 
 PROMPT_VERSIONS: dict[str, str] = {
     "subtasks": "d4",
@@ -63,22 +66,63 @@ _VERIFY_HEAD_D5 = (
 VERIFY_D5 = _VERIFY_HEAD_D5 + "the 'Next Subtask' ({next_subtask})." + _VERIFY_RULES_D5
 VERIFY_LAST_D5 = _VERIFY_HEAD_D5 + "the overall task. It is the last subtask: none follows." + _VERIFY_RULES_D5
 
-ANNOTATION_B1 = (
-    "Attached are images of a robot performing a task, and the real actions in a text file called "
-    "trajectory_log_content. You are programming a 4-DoF robot arm (x,y,z,gripper). Positive x points forward "
-    "(negative x points backward) with respect robot's end-effector. Positive y points left (negative y points right) "
-    "with respect to the robot's end effector. Positive z points up (negative z points down) with respect to the "
-    "robot's end-effector. The gripper takes a binary value of 1 for open and 0 for closed.\n\n"
+_ANNOTATION_INPUTS_B1 = (
+    "Attached are images of a robot performing a task{labels}, and the real actions in a text file called "
+    "trajectory_log_content. "
+)
+_ANNOTATION_AXES_B1 = (
+    "You are programming a {degrees}-DoF robot arm ({axes}). {signs} The gripper takes a binary value of 1 for open "
+    "and 0 for closed.\n\n"
+)
+_ANNOTATION_TASK_B1 = (
     "Your task is to analyze the language instruction found in the trajectory log. Crucially, first think step-by-step "
     "and explain your reasoning for each action phase necessary to complete the instruction given all the images and "
     "their ordering during the trajectory. Be short and concise. Output your reasoning as a structured JSON file.\n\n"
-    "Then, after you've explained your reasoning, give the actions with respect to (dx, dy, dz, gripper) that the "
+)
+_ANNOTATION_COPIES_B1 = (
+    "Then, after you've explained your reasoning, give the actions with respect to ({row}) that the "
     "robot must execute to achieve this goal given the orientation described previously, associating each action "
     "or group of actions with the natural language decomposition you decided on. Store these actions in JSON "
     "format as a list of dictionaries, where each dictionary has 'step_description' (string) and 'actions' (list "
-    "of lists representing [dx, dy, dz, gripper]). Make sure your actions match what is provided in the attached "
+    "of lists representing [{row}]). Make sure your actions match what is provided in the attached "
     ".txt file. For example:\n\n"
-    "Here is the trajectory log content: {trajectory_log}"
+)
+_ANNOTATION_RANGES_B1 = (
+    "Then, after you've explained your reasoning, divide the trajectory into consecutive steps, associating each group "
+    "of rows of the log with the natural language decomposition you decided on. Do not copy the actions. Store the "
+    "steps in JSON format as a list of dictionaries, where each dictionary has 'step_description' (string, a short "
+    "name such as 'Grasp Lid Handle'; the first one starts with 'Move to'), 'reasoning' (string), 'main_movements' "
+    "(string: the directions in which the gripper mainly moves, in the words {words}, and what the gripper does; no "
+    "digits), and 'first' and 'last' (integers: the numbers of the first and the last row of the step, both included). "
+    "The first step begins with the first row of the log, each further step with "
+    "the row after the last one of the step before, and the last step ends with the last row of the log. The row at "
+    "which the gripper closes belongs to the step that grasps, the row at which it opens to the step that releases."
+    "\n\n"
+)
+_ANNOTATION_LOG_B1 = "Here is the trajectory log content: {trajectory_log}"
+
+ANNOTATION_B1 = (
+    _ANNOTATION_INPUTS_B1.replace("{labels}", "")
+    + _ANNOTATION_AXES_B1
+    + _ANNOTATION_TASK_B1
+    + _ANNOTATION_COPIES_B1
+    + _ANNOTATION_LOG_B1
+)
+ANNOTATION_RANGES = (
+    _ANNOTATION_INPUTS_B1.replace("{labels}", ", each after its observation number")
+    + _ANNOTATION_AXES_B1
+    + _ANNOTATION_TASK_B1
+    + _ANNOTATION_RANGES_B1
+    + _ANNOTATION_LOG_B1
+)
+ANNOTATION_PROMPTS: dict[str, str] = {"b1-paper": ANNOTATION_B1, "b1-ranges": ANNOTATION_RANGES}
+"""Version -> annotation prompt: copied actions as printed, or inclusive row ranges (ours). Annotations name theirs; no
+model is served with them, so they are not among `PROMPT_VERSIONS`.
+"""
+
+ANNOTATION_REPAIR = (
+    "Your answer cannot be used, for these reasons:\n{findings}\n\n"
+    "Compare it with the trajectory log again and give the whole answer anew, corrected, in the same JSON format."
 )
 
 HUMAN_B2 = (
@@ -140,9 +184,17 @@ def verify_prompt_version(next_subtask: str | None) -> str:
     return PROMPT_VERSIONS["verify_last" if next_subtask is None else "verify"]
 
 
-def annotation_prompt(trajectory_log: str) -> str:
-    """The annotation prompt of appendix B.1, as printed; the log's text (instruction and actions) comes last."""
-    return _fill(ANNOTATION_B1, trajectory_log=trajectory_log)
+def annotation_prompt(trajectory_log: str, version: str = "b1-paper", embodiment: Embodiment = WIDOWX) -> str:
+    """An annotation prompt of `ANNOTATION_PROMPTS`; the log's text (instruction and actions) comes last.
+
+    `b1-paper` for the default embodiment is appendix B.1 as printed.
+    """
+    return _fill(ANNOTATION_PROMPTS[version], trajectory_log=trajectory_log, **embodiment.places())
+
+
+def annotation_repair_prompt(findings: Sequence[str]) -> str:
+    """The second and last request for an annotation that was not accepted (ours); `findings` say why, one a line."""
+    return _fill(ANNOTATION_REPAIR, findings="\n".join(f"- {finding}" for finding in findings))
 
 
 def human_prompt(subtask: str, image_name: str) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 
 from vlm2vla_schema.images import decode_image, encode_jpeg, to_base64
 from vlm2vla_training.annotation.base import AnnotatedEpisode, AnnotatedStep
-from vlm2vla_training.commands import read_annotated
+from vlm2vla_training.annotation.files import read_annotated
 from vlm2vla_training.curation.decisions import FORMAT, content_hash
 from vlm2vla_training.episodes.base import Episode
 from vlm2vla_training.episodes.parquet import EpisodeDataset

@@ -8,18 +8,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vlm2vla_schema.embodiments import EMBODIMENTS
 from vlm2vla_schema.errors import VLM2VLAError
 from vlm2vla_training.errors import MissingExtraError, NotBuiltError, UsageError
 
 # Optional module -> the extra that brings it.
 _EXTRAS = {"mujoco": "sim", "torch": "train", "transformers": "train", "trl": "train", "peft": "train",
-           "matplotlib": "train"}  # fmt: skip
+           "matplotlib": "train", "google": "gemini", "pyrate_limiter": "gemini", "tenacity": "gemini"}  # fmt: skip
 # Those of sft.py, which needs torch to be imported; a test compares.
 _PRESETS = ("twin", "paper", "servable", "at", "nr", "qwen", "full_finetune", "qlora")
 _SCOPES = ("language_model", "paper", "all_linear")
 _NOT_BUILT = {
     "vqa": "visual question answering retention (Table 1)",
-    "estimate": "cost and time of a full run",
 }
 
 
@@ -77,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_tokens(commands)
     _add_logprobs(commands)
     _add_predict(commands)
+    _add_estimate(commands)
     for name, purpose in _NOT_BUILT.items():
         commands.add_parser(name, help=f"{purpose} (not built yet)").add_argument("rest", nargs="*")
     return parser
@@ -129,6 +130,24 @@ def _add_annotate(commands: Commands[argparse.ArgumentParser]) -> None:
     command = _command(commands, "annotate", "commands:run_annotate", "episode dataset -> annotated.jsonl")
     command.add_argument("--episodes", type=Path, required=True, help="episode dataset")
     command.add_argument("--annotator", choices=("rules", "gemini"), default="rules")
+    gemini = command.add_argument_group("gemini", "key in GEMINI_API_KEY; --prices and --max-usd are required")
+    gemini.add_argument("--prices", type=Path, help="TOML: a table a model, input_usd and output_usd a million tokens")
+    gemini.add_argument("--max-usd", type=float, help="stop before more could be spent, earlier runs in --out included")
+    gemini.add_argument("--model", default="gemini-2.5-flash")
+    gemini.add_argument(
+        "--prompt-version", choices=("b1-ranges", "b1-paper"), default="b1-ranges",
+        help="ask for row ranges (ours), or for copied actions as the paper prints it",
+    )  # fmt: skip
+    gemini.add_argument("--temperature", type=float, default=None, help="default: the model's own, as in the paper")
+    gemini.add_argument("--top-p", type=float, default=None, help="default: the model's own, as in the paper")
+    gemini.add_argument("--max-output-tokens", type=int, default=16384, help="of one answer, thoughts included")
+    gemini.add_argument("--frames-every", type=int, default=1, help="show every n-th observation, and the last")
+    gemini.add_argument("--embodiment", choices=tuple(EMBODIMENTS), default="widowx", help="card of the log's axes")
+    gemini.add_argument("--concurrency", type=int, default=8, help="requests under way at a time")
+    gemini.add_argument("--requests-per-minute", type=int, default=150, help="limit of your account")
+    gemini.add_argument("--tokens-per-minute", type=int, default=1_000_000, help="limit of your account, prompts only")
+    gemini.add_argument("--attempts", type=int, default=8, help="for one answer, when Google is busy")
+    gemini.add_argument("--first-wait-s", type=float, default=2.0, help="longest wait before the second attempt")
 
 
 def _add_audit(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -267,6 +286,27 @@ def _add_predict(commands: Commands[argparse.ArgumentParser]) -> None:
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N")
     command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+
+
+def _add_estimate(commands: Commands[argparse.ArgumentParser]) -> None:
+    command = _command(commands, "estimate", "estimate:run_estimate", "dollars, hours, gigabytes before any is spent")
+    command.add_argument("--episodes", type=Path, required=True, help="episode dataset, or a part of the one you mean")
+    command.add_argument("--episodes-total", type=int, default=None, help="size of the whole; default: as many as here")
+    command.add_argument("--annotated", type=Path, help="annotated.jsonl or its folder; default: rules stand in")
+    command.add_argument("--base", type=Path, required=True, help="base model folder, or its config.json alone")
+    command.add_argument("--preset", choices=_PRESETS, default="paper", help="of sft")
+    command.add_argument("--image-size", type=int, default=0, help="as for curate")
+    command.add_argument("--sample", type=int, default=50, help="episodes to build examples from")
+    command.add_argument("--prices", type=Path, help="table of annotate --annotator gemini; without it no such cost")
+    command.add_argument("--model", default="gemini-2.5-flash", help="that annotates")
+    command.add_argument("--prompt-version", choices=("b1-ranges", "b1-paper"), default="b1-ranges")
+    command.add_argument("--frames-every", type=int, default=1, help="as for annotate")
+    command.add_argument("--requests-per-minute", type=int, default=150, help="limit of your Gemini account")
+    command.add_argument("--tokens-per-minute", type=int, default=1_000_000, help="limit of your Gemini account")
+    command.add_argument("--gpus", type=int, default=4, help="appendix E: one node with 4 A100")
+    command.add_argument("--gpu-tflops", type=float, default=312.0, help="of one GPU, dense bfloat16")
+    command.add_argument("--utilisation", type=float, default=0.35, help="part of it that training reaches")
+    command.add_argument("--gpu-usd-per-hour", type=float, default=None, help="of one GPU")
 
 
 if __name__ == "__main__":

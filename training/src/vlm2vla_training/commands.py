@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections import Counter
-from pathlib import Path
-from typing import Any
 
-from vlm2vla_training.annotation.base import AnnotatedEpisode
+from vlm2vla_training.annotation.files import ANNOTATED_FILE, describe, read_annotated
 from vlm2vla_training.annotation.rules import RulesAnnotator
 from vlm2vla_training.curation.dataset import CurateCounts, ExampleWriter, count, curate, write_card
 from vlm2vla_training.curation.decisions import choose, read_decisions
 from vlm2vla_training.curation.examples import ExampleOptions, examples_of
 from vlm2vla_training.episodes.parquet import EpisodeDataset
-from vlm2vla_training.errors import NotBuiltError, TrainingError
+from vlm2vla_training.errors import TrainingError
 from vlm2vla_training.jsonio import JsonlAppender, read_jsonl, sha256_of_files
 from vlm2vla_training.progress import finish, track
-
-ANNOTATED_FILE = "annotated.jsonl"
 
 
 def run_annotate(args: argparse.Namespace) -> int:
     """`annotate`: episodes -> annotated.jsonl."""
+    if args.annotator == "gemini":
+        from vlm2vla_training.annotation.gemini_command import run_gemini  # needs the extra gemini
+
+        return run_gemini(args)
     started = time.monotonic()
-    if args.annotator != "rules":
-        raise NotBuiltError(f"annotate --annotator {args.annotator} is not built yet; rules is")
     annotator = RulesAnnotator()
     dataset = EpisodeDataset(args.episodes)
     path = args.out / ANNOTATED_FILE
@@ -42,29 +39,11 @@ def run_annotate(args: argparse.Namespace) -> int:
                 file.append(annotator.annotate(episode).to_json())
             except TrainingError as error:
                 failures.append({"episode_key": episode.key, "error": str(error)})
-    summary = {"annotator": annotator.name, "failures": failures, **_describe(path)}
+    summary = {"annotator": annotator.name, "failures": failures, **describe(path)}
     quarantined = summary["audit"]["quarantined"]
     line = f"{summary['episodes']} episodes, {quarantined} quarantined, {len(failures)} failed"
     finish("annotate", args.out, summary, started, line)
     return 0
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    steps: Counter[str] = Counter()
-    flags: Counter[str] = Counter()
-    findings: Counter[str] = Counter()
-    episodes = 0
-    for line in read_jsonl(path):
-        annotated = AnnotatedEpisode.from_json(line)
-        episodes += 1
-        steps.update(step.step_description for step in annotated.steps)
-        for name in ("covered", "actions_match", "begins_with_move", "first_action_zero"):
-            flags[name] += bool(annotated.audit.get(name))
-        flags["with_notes"] += bool(annotated.audit.get("notes"))
-        flags["quarantined"] += bool(annotated.audit.get("quarantine"))
-        findings.update(str(finding["check"]) for finding in annotated.audit.get("findings", []))
-    audit = {**flags, "findings": dict(findings)}
-    return {"episodes": episodes, "steps": dict(steps.most_common(200)), "audit": audit}
 
 
 def run_curate(args: argparse.Namespace) -> int:
@@ -123,10 +102,3 @@ def run_curate(args: argparse.Namespace) -> int:
         line += f", {len(choice.stale)} decisions about other annotations not used"
     finish("curate", args.out, summary, started, line)
     return 0
-
-
-def read_annotated(path: Path) -> dict[str, AnnotatedEpisode]:
-    """Read annotated.jsonl, or the one in a folder; for a key that occurs twice the last line counts."""
-    file = path / ANNOTATED_FILE if path.is_dir() else path
-    found = (AnnotatedEpisode.from_json(line) for line in read_jsonl(file))
-    return {episode.episode_key: episode for episode in found}

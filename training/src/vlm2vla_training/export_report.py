@@ -18,7 +18,7 @@ from vlm2vla_training.analysis.comparison import aggregate
 from vlm2vla_training.analysis.figures import loss_figure, svg_url
 from vlm2vla_training.analysis.model import LoadedModel
 from vlm2vla_training.analysis.predict import held_out_keys, predictions, tasks_of
-from vlm2vla_training.commands import read_annotated
+from vlm2vla_training.annotation.files import read_annotated
 from vlm2vla_training.curation.decisions import choose
 from vlm2vla_training.episodes.parquet import EpisodeDataset
 from vlm2vla_training.errors import DataError

@@ -62,8 +62,9 @@ class JsonlAppender:
     continues behind the last whole object.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Open or create `path`."""
+    def __init__(self, path: Path, durable: bool = False) -> None:
+        """Open or create `path`; `durable` waits until each line is on the disk: for what cannot be made again free."""
+        self._durable = durable
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab+")
         self._file.seek(0)
@@ -74,6 +75,8 @@ class JsonlAppender:
         """Write one object and flush it to the operating system."""
         self._file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
         self._file.flush()
+        if self._durable:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""

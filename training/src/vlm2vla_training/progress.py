@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,8 +14,10 @@ T = TypeVar("T")
 _INTERVAL_S = 5.0
 
 
-def track(items: Iterable[T], total: int, label: str) -> Iterator[T]:
-    """Yield `items` and say every few seconds how many of `total` are done, at what rate and how long it will take."""
+def track(items: Iterable[T], total: int, label: str, note: Callable[[], str] | None = None) -> Iterator[T]:
+    """Yield `items` and say every few seconds how many of `total` are done, at what rate and how long it will take;
+    `note` adds what else there is to tell.
+    """
     started = last = time.monotonic()
     for done, item in enumerate(items, start=1):
         yield item
@@ -24,7 +26,8 @@ def track(items: Iterable[T], total: int, label: str) -> Iterator[T]:
             last = now
             rate = done / max(now - started, 1e-9)
             left_s = max(total - done, 0) / rate
-            print(f"{label}: {done}/{total}, {rate:.1f}/s, {left_s:.0f} s left", file=sys.stderr, flush=True)
+            line = f"{label}: {done}/{total}, {rate:.1f}/s, {left_s:.0f} s left"
+            print(line + (f", {note()}" if note else ""), file=sys.stderr, flush=True)
 
 
 def finish(command: str, folder: Path, summary: dict[str, Any], started_s: float, line: str) -> None:

@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from vlm2vla_client.errors import ConfigurationError, VerifierError
 from vlm2vla_client.verifiers.base import Notes
-from vlm2vla_client.verifiers.gemini_answer import MAX_MESSAGE_CHARS, Call, Cost, asked_to_wait_s, judge
-from vlm2vla_client.verifiers.gemini_settings import (
-    EXTRA,
+from vlm2vla_client.verifiers.gemini_answer import MAX_MESSAGE_CHARS, Call, Cost, judge
+from vlm2vla_client.verifiers.gemini_settings import EXTRA, GeminiSettings, account
+from vlm2vla_schema.gemini import (
     KEY_VARIABLES,
-    GeminiSettings,
+    PASSING_STATUS,
     Tokens,
-    account,
     api_key,
+    asked_to_wait_s,
     cost_usd,
+    is_transport_error,
 )
 from vlm2vla_schema.images import encode_jpeg
 from vlm2vla_schema.limits import CONFIDENCES, MAX_REASONING_CHARS
@@ -41,10 +42,6 @@ FIRST_WAIT_S = 1.0
 MIN_SERVER_TIMEOUT_S = 10.0
 #: An attempt with less time than this would be paid for and not waited for.
 MIN_ATTEMPT_S = 1.0
-#: Whose errors mean that the line failed; those of others mean that what came over it was no answer.
-TRANSPORTS = ("httpx", "httpcore", "requests", "urllib3", "google.auth")
-#: Answers of Google's that another attempt may mend; the other ones (a wrong key, an unknown model) stay as they are.
-PASSING_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 #: D.5's three fields in its order, in Google's own form of a schema.
 RESPONSE_SCHEMA: dict[str, Any] = {
     "type": "OBJECT",
@@ -164,7 +161,7 @@ class GeminiVerifier:
     def _failed(self, error: Exception) -> Call:
         """No answer, or a body that Google's library could not read."""
         what = f"{type(error).__name__}: {error}"
-        if not isinstance(error, OSError) and not type(error).__module__.startswith(TRANSPORTS):
+        if not is_transport_error(error):
             return Call("invalid", self._clean(f"Google's answer cannot be read: {what}"), again=True)
         kind = "timeout" if "Timeout" in type(error).__name__ else "network"
         return Call(kind, self._clean(f"no answer from Google: {what}"), again=True)

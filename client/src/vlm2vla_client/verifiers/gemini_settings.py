@@ -16,30 +16,17 @@ library.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from vlm2vla_client.errors import ConfigurationError
+from vlm2vla_schema.gemini import Price
 
 DEFAULT_MODEL = "gemini-2.5-pro"
-#: In the order in which Google's own library looks for them.
-KEY_VARIABLES = ("GOOGLE_API_KEY", "GEMINI_API_KEY")
 CONSENT_FILE = "gemini_consent.json"
 EXTRA = "the verifier gemini needs google-genai: pip install 'vlm2vla-client[gemini]'"
-
-
-class Price(BaseModel):
-    """US dollars per million tokens."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    input_usd: float = Field(ge=0)
-    output_usd: float = Field(ge=0)
 
 
 class GeminiSettings(BaseModel):
@@ -65,34 +52,6 @@ class GeminiSettings(BaseModel):
         if (self.project is None) != (self.location is None):
             raise ValueError("project and location go together (Vertex AI); leave both out to use an API key")
         return self
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """What one call used, as Google counts it. ``None`` where no answer said it (the call may still be billed)."""
-
-    prompt: int | None = None
-    output: int | None = None
-    thought: int | None = None
-
-
-def cost_usd(tokens: Tokens, price: Price | None) -> float | None:
-    """Dollars for one call; thoughts count as output. None without a price or without counts.
-
-    Prompt tokens that Google served from its cache are counted in full, so this never says too little.
-    """
-    if price is None or tokens.prompt is None:
-        return None
-    output = (tokens.output or 0) + (tokens.thought or 0)
-    return (tokens.prompt * price.input_usd + output * price.output_usd) / 1e6
-
-
-def api_key(environment: Mapping[str, str] = os.environ) -> str | None:
-    """The API key from the environment, or None."""
-    for name in KEY_VARIABLES:
-        if environment.get(name, "").strip():
-            return environment[name].strip()
-    return None
 
 
 def account(settings: GeminiSettings) -> str:

@@ -27,7 +27,7 @@ from vlm2vla_schema.types import ModelCard
 from vlm2vla_training.analysis.comparison import aggregate, compare, plan_agreement
 from vlm2vla_training.analysis.model import LoadedModel, same_run
 from vlm2vla_training.annotation.base import AnnotatedEpisode, AnnotatedStep
-from vlm2vla_training.commands import read_annotated
+from vlm2vla_training.annotation.files import read_annotated
 from vlm2vla_training.curation.decisions import choose
 from vlm2vla_training.curation.examples import ExampleOptions, examples_of
 from vlm2vla_training.episodes.base import Episode

@@ -11,12 +11,15 @@ from vlm2vla_training.annotation.base import AnnotatedStep
 from vlm2vla_training.annotation.findings import Finding, copy_error_rate, find
 from vlm2vla_training.episodes.base import Episode
 
-# These cannot be accepted by a person either: rows without a step, or numbers that are not the log's.
-HARD_CHECKS = frozenset({"partition", "actions"})
+# These cannot be accepted by a person either: no answer, rows without a step, or numbers that are not the log's.
+HARD_CHECKS = frozenset({"answer", "partition", "actions"})
 
 
 def audit_steps(
-    episode: Episode, steps: list[AnnotatedStep], copies: Sequence[Sequence[float]] | None = None
+    episode: Episode,
+    steps: list[AnnotatedStep],
+    copies: Sequence[Sequence[float]] | None = None,
+    problems: Sequence[Finding] = (),
 ) -> dict[str, Any]:
     """Compare steps with the log.
 
@@ -24,6 +27,7 @@ def audit_steps(
         episode: the log.
         steps: the annotation of it.
         copies: action rows that the annotator itself wrote, when it was asked for them.
+        problems: findings about the answer that the steps were read from.
 
     Returns:
         covered: every logged row lies in exactly one step, in order; actions_match: the copied rows equal the log;
@@ -32,10 +36,10 @@ def audit_steps(
         commanded step and the one that the states show; copy_error_rate: see findings.copy_error_rate, None without
         copies; findings: see findings.find; quarantine: why the episode must not be trained on, or None.
     """
-    findings = find(episode, steps)
+    findings = [*problems, *(find(episode, steps) if steps or not problems else [])]
     failed = {finding.check for finding in findings}
     return {
-        "covered": "partition" not in failed,
+        "covered": bool(steps) and "partition" not in failed,
         "actions_match": not failed & HARD_CHECKS,
         "begins_with_move": bool(steps) and steps[0].step_description.startswith("Move to"),
         "first_action_zero": bool(len(episode)) and not episode.actions[0, :6].any(),

@@ -166,7 +166,7 @@ def copy_error_rate(copies: Sequence[Sequence[float]], rows: NDArray[np.float64]
     wrong = abs(len(copies) - len(rows))
     for copy, row in zip(copies, rows, strict=False):
         wanted = row if len(copy) == 7 else row[[0, 1, 2, 6]]
-        wrong += len(copy) != len(wanted) or not np.allclose(copy, wanted, rtol=0.0, atol=tolerance_m)
+        wrong += len(copy) != len(wanted) or not np.allclose(copy, wanted, rtol=0.0, atol=tolerance_m + _EPSILON_M)
     return round(wrong / longest, 4) if longest else 0.0
 
 

@@ -122,6 +122,10 @@ class EpisodeDataset:
         """Return the number of episodes."""
         return len(self._facts)
 
+    def steps(self) -> dict[str, int]:
+        """Return the number of rows of every episode, by key."""
+        return {fact["episode_key"]: int(fact["steps"]) for fact in self._facts}
+
     def sources(self) -> dict[str, int]:
         """Return how many episodes each source gave."""
         return dict(Counter(str(fact["source"]) for fact in self._facts))

@@ -110,18 +110,23 @@ class Request:
 
 @dataclass
 class GeminiServer:
-    """replies: one for each generateContent, the last for all that come after. models: for GET."""
+    """replies: one for each generateContent, the last for all that come after, unless `chooser` looks at the request.
+    models: for GET.
+    """
 
     replies: list[Reply]
     models: Reply
+    chooser: Callable[[Request], Reply] | None = None
     url: str = ""
     requests: list[Request] = field(default_factory=list)
     asked_for_models: list[str] = field(default_factory=list)
     token_requests: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def next_reply(self) -> Reply:
+    def next_reply(self, request: Request) -> Reply:
         """The reply to this request."""
+        if self.chooser is not None:
+            return self.chooser(request)
         with self._lock:
             return self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
 
@@ -155,8 +160,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         assert self.path.endswith(":generateContent"), self.path
         headers = {name.lower(): value for name, value in self.headers.items()}
-        gemini.requests.append(Request(self.path, headers, one_spelling(json.loads(data))))
-        gemini.next_reply()(self)
+        request = Request(self.path, headers, one_spelling(json.loads(data)))
+        gemini.requests.append(request)
+        gemini.next_reply(request)(self)
 
     def do_GET(self) -> None:
         """A model's description."""
@@ -165,10 +171,12 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def gemini_server(*replies: Reply, models: Reply | None = None) -> Iterator[GeminiServer]:
+def gemini_server(
+    *replies: Reply, models: Reply | None = None, chooser: Callable[[Request], Reply] | None = None
+) -> Iterator[GeminiServer]:
     """Listens while the block runs."""
     known = send(200, json.dumps({"name": "models/gemini-2.5-pro", "version": "2.5"}).encode())
-    gemini = GeminiServer(list(replies) or [GOOD], models or known)
+    gemini = GeminiServer(list(replies) or [GOOD], models or known, chooser)
     server = _Server(gemini)
     gemini.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
