@@ -7,10 +7,11 @@ models has it: columns images, prompt and completion, TRL's own collator, transf
 optimiser, precision, batch and order of the examples are the same, and so are the batches, but for one token: TRL's
 answers go on with the line break behind the end of turn, which carries loss too, so its losses lie a little lower.
 
-Each side runs in a process of its own, in turns, so that other programs on the machine disturb both. A step lasts from
-the end of the one before to its own end, collator included; the first three are left out, and the median is taken of
-the steps of all runs. `processor_s_a_step`, what a step costs in processor time, is inflated much less by other programs.
-Memory is the largest resident set of the process. Must: at most TRL's seconds and at most TRL's memory. Exit code 1 when not.
+Each side runs in a process of its own, in turns, so that other programs on the machine disturb both; on one thread,
+because threads that wait for one another make a step on a busy machine ten times as long. A step lasts from the end of
+the one before to its own end, collator included; the first three are left out, and the median is taken of the steps of
+all runs. `processor_s_a_step`, what a step costs in processor time, is inflated much less by other programs. Memory is
+the largest resident set of the process. Must: at most TRL's seconds and at most TRL's memory. Exit code 1 when not.
 """
 
 from __future__ import annotations
@@ -127,7 +128,8 @@ def alone(args: argparse.Namespace, side: str) -> dict[str, Any]:
     """One side in a process of its own."""
     command = [sys.executable, __file__, "--side", side, "--base", str(args.base), "--examples", str(args.examples)]
     command += ["--steps", str(args.steps), "--batch-size", str(args.batch_size), "--image-size", str(args.image_size)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -158,6 +160,7 @@ def compared(args: argparse.Namespace) -> dict[str, Any]:
         "losses": {side: runs[side][0]["losses"] for side in SIDES},
         "batch_size": args.batch_size,
         "steps": args.steps,
+        "threads": args.threads,
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")},
         "load_average": load,
         **machine(),
@@ -172,6 +175,7 @@ def main() -> int:
     parser.add_argument("--image-size", type=int, default=112, help="of the base's card, pixels")
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
