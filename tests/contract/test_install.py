@@ -119,8 +119,9 @@ def test_the_pinned_versions_of_the_gpu_box_still_resolve(wheels: Path, empty_en
 
 def test_install_server_cpu_makes_an_environment_that_serves(tmp_path: Path) -> None:
     """The script itself, on a copy: a build inside the checkout would leave its folders there."""
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
     for name in ("scripts", "shared_schema", "server"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "build"))
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
     shutil.copy(ROOT / "constraints.txt", tmp_path)
     folder = tmp_path / "installed"
     run("env", f"VLM2VLA_PYTHON={sys.executable}", tmp_path / "scripts/install-server", "cpu", folder)
