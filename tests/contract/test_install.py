@@ -111,7 +111,7 @@ def test_the_pinned_versions_of_the_gpu_box_still_resolve(wheels: Path, empty_en
     assert {"vllm", "torch", "transformers", "peft", "xgrammar", "httpx"} <= names.keys()
     assert not names.keys() & (ROBOT_DRIVERS - {"opencv-python-headless"}), "vLLM itself reads pictures with OpenCV"
     lines = (ROOT / constraints).read_text().splitlines()
-    pinned = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
+    pinned = {str(canonicalize_name(name)): version for name, _, version in (line.partition("==") for line in lines)}
     ours = {"vlm2vla-server", "vlm2vla-schema"}
     found = {name: version.partition("+")[0] for name, version in names.items() if name not in ours}
     assert {name: version for name, version in found.items() if pinned.get(name) != version} == {}
