@@ -92,10 +92,10 @@ def test_environment_of_the_server_consists_of_its_settings() -> None:
 
     given = {key: value for key, value in services()["server"]["environment"].items() if key.startswith("VLM2VLA_")}
     filled = {key: VARIABLE.sub(lambda m: m[2] or "", value) for key, value in given.items()}
-    filled["VLM2VLA_API_KEY"] = "k"
+    filled |= {"VLM2VLA_API_KEY": "k", "VLM2VLA_ENGINE_OPTIONS": "quantization=fp8"}  # empty ones count as not given
     read = s.from_environment(filled)
     assert len(read) == len(given)
-    assert s.build({**read, "model": ROOT, "host": "0.0.0.0"}, ROOT).engine == "transformers"
+    assert s.build({**read, "model": ROOT, "host": "0.0.0.0"}, ROOT).engine == "vllm"
 
 
 def test_the_dockerfile_runs_as_a_user_without_privileges_and_holds_no_weights_or_secrets() -> None:
@@ -155,6 +155,9 @@ def test_host_setup_writes_a_private_file_with_a_random_key(checkout: Path) -> N
     assert (checkout / "models/base").is_dir()
     again = setup(checkout, "--yes", "--force")
     assert again.returncode == 0 and env_file(path)["VLM2VLA_API_KEY"] != values["VLM2VLA_API_KEY"]
+    assert (values["VLM2VLA_ENGINE"], values["VLM2VLA_ENGINE_OPTIONS"]) == ("vllm", "")
+    assert setup(checkout, "--yes", "--force", "--engine", "transformers").returncode == 0
+    assert env_file(path)["VLM2VLA_ENGINE_OPTIONS"] == "device=cuda,dtype=bfloat16", "it computes on the CPU otherwise"
     assert [one.name for one in checkout.glob(".env*")] == [".env"]
 
 

@@ -54,10 +54,12 @@ def empty_environment(tmp_path: Path) -> Path:
     return tmp_path / "venv" / "bin" / "python"
 
 
-def would_install(python: Path, wheels: Path, requirement: str) -> dict[str, str]:
+def would_install(
+    python: Path, wheels: Path, requirement: str, constraints: str = "constraints.txt"
+) -> dict[str, str]:
     """Names and versions that pip would install for `requirement` into the environment of `python`."""
     report = wheels.parent / f"report-{canonicalize_name(requirement.partition('[')[0])}.json"
-    pip("--python", python, "install", "-q", "--dry-run", "--report", report, "-c", ROOT / "constraints.txt",
+    pip("--python", python, "install", "-q", "--dry-run", "--report", report, "-c", ROOT / constraints,
         "--find-links", wheels, requirement)
     items = json.loads(report.read_text())["install"]
     return {canonicalize_name(item["metadata"]["name"]): item["metadata"]["version"] for item in items}
@@ -100,6 +102,34 @@ def test_server_with_its_engine_pulls_no_robot_or_camera_driver(wheels: Path, em
     assert not names.keys() & ROBOT_DRIVERS
     if names["torch"].endswith("+cpu"):
         assert not {name for name in names if name.startswith(("nvidia-", "cuda-"))}
+
+
+def test_the_pinned_versions_of_the_gpu_box_still_resolve(wheels: Path, empty_environment: Path) -> None:
+    """What `scripts/install-server cuda` would install; nothing of it is downloaded or run here."""
+    constraints = "constraints-vllm-cuda.txt"
+    names = would_install(empty_environment, wheels, "vlm2vla-server[vllm,transformers,openai]", constraints)
+    assert {"vllm", "torch", "transformers", "peft", "xgrammar", "httpx"} <= names.keys()
+    assert not names.keys() & (ROBOT_DRIVERS - {"opencv-python-headless"}), "vLLM itself reads pictures with OpenCV"
+    lines = (ROOT / constraints).read_text().splitlines()
+    pinned = {str(canonicalize_name(name)): version for name, _, version in (line.partition("==") for line in lines)}
+    ours = {"vlm2vla-server", "vlm2vla-schema"}
+    found = {name: version.partition("+")[0] for name, version in names.items() if name not in ours}
+    assert {name: version for name, version in found.items() if pinned.get(name) != version} == {}
+
+
+def test_install_server_cpu_makes_an_environment_that_serves(tmp_path: Path) -> None:
+    """The script itself, on a copy: a build inside the checkout would leave its folders there."""
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
+    for name in ("scripts", "shared_schema", "server"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
+    shutil.copy(ROOT / "constraints.txt", tmp_path)
+    folder = tmp_path / "installed"
+    run("env", f"VLM2VLA_PYTHON={sys.executable}", tmp_path / "scripts/install-server", "cpu", folder)
+    twin = ROOT / "models/twin"
+    server = ("vlm2vla-server", "check", "--engine", "transformers", "--model", twin / "base", "--adapter",
+              f"twin={twin / 'adapter'}")
+    info = json.loads(run(folder / "bin" / server[0], *server[1:]))
+    assert info["ready"] and info["policy"]
 
 
 def test_client_runs_from_its_wheels_alone(wheels: Path, empty_environment: Path) -> None:
