@@ -102,7 +102,7 @@ def add_routes(api: FastAPI, service: Service) -> None:
         methods=["POST"],
         summary="OpenAI's chat completions: pictures as data URLs, stream, base or adapter by model",
         response_model=None,
-        responses={200: {"model": ChatCompletion, "content": {SSE: {"schema": {"type": "string"}}}}, **_errors()},
+        responses={200: {"model": ChatCompletion, "content": {SSE: {"schema": {}}}}, **_errors()},
         openapi_extra={
             "requestBody": {
                 "required": True,
