@@ -78,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_logprobs(commands)
     _add_predict(commands)
     _add_estimate(commands)
+    _add_export_lerobot(commands)
     for name, purpose in _NOT_BUILT.items():
         commands.add_parser(name, help=f"{purpose} (not built yet)").add_argument("rest", nargs="*")
     return parser
@@ -129,7 +130,10 @@ def _add_ingest(commands: Commands[argparse.ArgumentParser]) -> None:
 def _add_annotate(commands: Commands[argparse.ArgumentParser]) -> None:
     command = _command(commands, "annotate", "commands:run_annotate", "episode dataset -> annotated.jsonl")
     command.add_argument("--episodes", type=Path, required=True, help="episode dataset")
-    command.add_argument("--annotator", choices=("rules", "gemini"), default="rules")
+    command.add_argument("--annotator", choices=("rules", "gemini", "corrections"), default="rules")
+    command.add_argument(
+        "--annotated", type=Path, help="corrections: the annotations they are laid on; default: those of rules"
+    )
     gemini = command.add_argument_group("gemini", "key in GEMINI_API_KEY; --prices and --max-usd are required")
     gemini.add_argument("--prices", type=Path, help="TOML: a table a model, input_usd and output_usd a million tokens")
     gemini.add_argument("--max-usd", type=float, help="stop before more could be spent, earlier runs in --out included")
@@ -307,6 +311,17 @@ def _add_estimate(commands: Commands[argparse.ArgumentParser]) -> None:
     command.add_argument("--gpu-tflops", type=float, default=312.0, help="of one GPU, dense bfloat16")
     command.add_argument("--utilisation", type=float, default=0.35, help="part of it that training reaches")
     command.add_argument("--gpu-usd-per-hour", type=float, default=None, help="of one GPU")
+
+
+def _add_export_lerobot(commands: Commands[argparse.ArgumentParser]) -> None:
+    command = _command(
+        commands, "export-lerobot", "lerobot_export:run_export_lerobot", "recordings or episodes -> LeRobot dataset v3"
+    )
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument("--recordings", type=Path, help="folder with recordings of vlm2vla-client run")
+    source.add_argument("--episodes", type=Path, help="episode dataset of demos or ingest")
+    command.add_argument("--fps", type=int, default=5, help="of the timestamps; rows of a run have no fixed rate")
+    command.add_argument("--robot-type", default="widowx", help="name in meta/info.json")
 
 
 if __name__ == "__main__":
