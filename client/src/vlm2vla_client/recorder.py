@@ -12,10 +12,10 @@ The disk is never filled: below ``min_free_bytes`` of free space the episode end
 held, and what room is left takes its last events and its summary.
 
 Events: ``episode`` (first line: task, config, policy), ``request``, ``subtasks``, ``plan``, ``row``, ``answer`` (with
-raw text), ``dropped``, ``step`` (a row about to move: its frame, the arm's state [x y z roll pitch yaw gripper] and the
-action [dx dy dz droll dpitch dyaw gripper]), ``decision``, ``forecast`` (the twin moved the chunk first), ``substep``,
-``chunk``, ``verifier_call`` (one request to a verifier that counts its cost), ``verdict``, ``hold``, ``error`` and
-``end``.
+raw text), ``dropped``, ``correction`` (an operator's words), ``step`` (a row about to move: its frame, the arm's state
+[x y z roll pitch yaw gripper] and the action [dx dy dz droll dpitch dyaw gripper]), ``decision``, ``forecast`` (the
+twin moved the chunk first), ``substep``, ``chunk``, ``verifier_call`` (one request to a verifier that counts its cost),
+``verdict``, ``hold``, ``error`` and ``end``.
 """
 
 from __future__ import annotations

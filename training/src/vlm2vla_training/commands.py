@@ -5,25 +5,29 @@ from __future__ import annotations
 import argparse
 import time
 
-from vlm2vla_training.annotation.files import ANNOTATED_FILE, describe, read_annotated
+from vlm2vla_training.annotation.base import Annotator
+from vlm2vla_training.annotation.corrections import CorrectionsAnnotator, OnAnnotated, on_annotator
+from vlm2vla_training.annotation.files import ANNOTATED_FILE, describe, read_annotated, what_became_of_corrections
 from vlm2vla_training.annotation.rules import RulesAnnotator
 from vlm2vla_training.curation.dataset import CurateCounts, ExampleWriter, count, curate, write_card
 from vlm2vla_training.curation.decisions import choose, read_decisions
 from vlm2vla_training.curation.examples import ExampleOptions, examples_of
 from vlm2vla_training.episodes.parquet import EpisodeDataset
-from vlm2vla_training.errors import TrainingError
+from vlm2vla_training.errors import TrainingError, UsageError
 from vlm2vla_training.jsonio import JsonlAppender, read_jsonl, sha256_of_files
 from vlm2vla_training.progress import finish, track
 
 
 def run_annotate(args: argparse.Namespace) -> int:
     """`annotate`: episodes -> annotated.jsonl."""
+    if args.annotated is not None and args.annotator != "corrections":
+        raise UsageError("--annotated is what --annotator corrections is laid on; other annotators start from the log")
     if args.annotator == "gemini":
         from vlm2vla_training.annotation.gemini_command import run_gemini  # needs the extra gemini
 
         return run_gemini(args)
     started = time.monotonic()
-    annotator = RulesAnnotator()
+    annotator = _annotator(args)
     dataset = EpisodeDataset(args.episodes)
     path = args.out / ANNOTATED_FILE
     done = {str(line["episode_key"]) for line in read_jsonl(path)} if path.exists() else set()
@@ -42,8 +46,20 @@ def run_annotate(args: argparse.Namespace) -> int:
     summary = {"annotator": annotator.name, "failures": failures, **describe(path)}
     quarantined = summary["audit"]["quarantined"]
     line = f"{summary['episodes']} episodes, {quarantined} quarantined, {len(failures)} failed"
+    if args.annotator == "corrections":
+        summary["corrections"] = became = what_became_of_corrections(path)
+        line += f", {became['used']} of {became['met']} corrections used"
     finish("annotate", args.out, summary, started, line)
     return 0
+
+
+def _annotator(args: argparse.Namespace) -> Annotator:
+    if args.annotator == "rules":
+        return RulesAnnotator()
+    if args.annotated is None:
+        return on_annotator(RulesAnnotator())
+    under = OnAnnotated(read_annotated(args.annotated))
+    return CorrectionsAnnotator(under, under.name)
 
 
 def run_curate(args: argparse.Namespace) -> int:

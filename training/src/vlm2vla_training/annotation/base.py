@@ -14,7 +14,9 @@ class AnnotatedStep:
     """One subtask of a trajectory. `first` and `last` are inclusive original step numbers; `actions` are the rows
     [dx_m, dy_m, dz_m, gripper] of that range, cut from the log and never from the annotator's text. `missed` marks a
     step that did not reach what it describes, as its consequences in the log show: a failure for the verifier to learn
-    from, not to be imitated.
+    from, not to be imitated. `author` is "human" where a person wrote the words and a verifier agreed that they were
+    done. `cut` marks what such a step left of another one: its words are about more rows than it has, so it gives no
+    example.
     """
 
     step_description: str
@@ -24,6 +26,12 @@ class AnnotatedStep:
     last: int
     actions: list[list[float]]
     missed: bool = False
+    author: str = ""
+    cut: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of contracts; `author` and `cut` only where they say something."""
+        return {name: value for name, value in vars(self).items() if value or name not in ("author", "cut")}
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class AnnotatedEpisode:
             "episode_key": self.episode_key,
             "instruction": self.instruction,
             "annotator": self.annotator,
-            "steps": [vars(step) for step in self.steps],
+            "steps": [step.to_json() for step in self.steps],
             "audit": self.audit,
         }
 
@@ -63,6 +71,8 @@ class AnnotatedEpisode:
                     last=int(step["last"]),
                     actions=[[float(number) for number in row] for row in step["actions"]],
                     missed=bool(step.get("missed", False)),
+                    author=str(step.get("author", "")),
+                    cut=bool(step.get("cut", False)),
                 )
                 for step in value["steps"]
             ]

@@ -34,3 +34,15 @@ def describe(path: Path) -> dict[str, Any]:
         findings.update(str(finding["check"]) for finding in annotated.audit.get("findings", []))
     audit = {**flags, "findings": dict(findings)}
     return {"episodes": len(episodes), "steps": dict(steps.most_common(200)), "audit": audit}
+
+
+def what_became_of_corrections(path: Path) -> dict[str, Any]:
+    """Count an operator's corrections: how many became steps, and why the others, which are named, did not."""
+    told = [
+        {"episode_key": key, **one}
+        for key, annotated in read_annotated(path).items()
+        for one in annotated.audit.get("corrections", [])
+    ]
+    unused = [one for one in told if one["problem"] is not None]
+    reasons = Counter(str(one["problem"]) for one in unused)
+    return {"met": len(told), "used": len(told) - len(unused), "not_used": dict(reasons), "named": unused}

@@ -55,6 +55,8 @@ def find(episode: Episode, steps: Sequence[AnnotatedStep]) -> list[Finding]:
     for index, step in enumerate(steps):
         rows = _rows(episode, step)
         findings += log_findings(index, step, rows)
+        if step.cut:
+            continue  # its words are known to be about other rows too
         findings += direction_findings(index, step, rows)
         findings += text_findings(index, step)
     return findings + gripper_findings(episode, steps)
@@ -132,13 +134,15 @@ def gripper_findings(episode: Episode, steps: Sequence[AnnotatedStep]) -> list[F
     for index, step in enumerate(steps):
         for pattern, name, closing in ((_GRASP, "closing", True), (_RELEASE, "opening", False)):
             near = [row for row, closes in events if closes == closing and _near(row, step)]
-            if pattern.search(step.step_description) and not near:
+            if not step.cut and pattern.search(step.step_description) and not near:
                 detail = f"'{step.step_description}' without a {name} in the log"
                 findings.append(Finding(index, "gripper", True, detail))
     for row, closes in events:
         name, pattern = ("closing", _TELLS_CLOSING) if closes else ("opening", _TELLS_OPENING)
         if not any(_near(row, step) and _tells(step, pattern) for step in steps):
             inside = next(i for i, step in enumerate(steps) if step.first <= row <= step.last)
+            if steps[inside].cut:
+                continue
             detail = f"the gripper's {name} at row {row} is not told in '{steps[inside].step_description}'"
             findings.append(Finding(inside, "gripper", True, detail))
     return findings

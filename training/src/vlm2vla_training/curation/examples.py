@@ -134,6 +134,8 @@ class _Builder:
     def build(self) -> EpisodeExamples:
         kinds = ("actions",) if self.options.variant == "nr" else self.options.kinds
         for index, step in enumerate(self.steps):
+            if step.cut:
+                continue
             starts = [step.first, *self._extra_starts(index)]
             # What the log itself does again right away went wrong: it shows the verifier a failure, it is not imitated.
             imitated = self._completed(index)
@@ -157,14 +159,21 @@ class _Builder:
     # Frames
 
     def _end_frame(self, index: int) -> int:
-        """Frame that shows the step done: o_{i+1}, for the last step the last frame of the log."""
-        return self.steps[index + 1].first if index + 1 < len(self.steps) else self.steps[index].last
+        """Frame that shows the step done: o_{i+1}, for the last step the last frame of the log. A rollout ends with a
+        row that moves, so the last frame of a person's step does not show it done: its own first says there is none.
+        """
+        if index + 1 < len(self.steps):
+            return self.steps[index + 1].first
+        step = self.steps[index]
+        return step.first if step.author else step.last
 
     def _completed(self, index: int) -> bool:
         """False for a step that the log itself repeats right away, such as a failed grasp, or that is marked missed."""
         following = self.steps[index + 1] if index + 1 < len(self.steps) else None
         if self.steps[index].missed:
             return False
+        if self.steps[index].author:  # a verifier has seen it done, whatever the next rows are called
+            return True
         return following is None or following.step_description != self.steps[index].step_description
 
     def _left(self, step: AnnotatedStep, start: int) -> list[list[float]]:
@@ -216,7 +225,7 @@ class _Builder:
     def _subtasks(self, index: int, start: int) -> None:
         names: list[str] = []
         for step in self.steps[index:]:
-            if not names or names[-1] != step.step_description:
+            if not step.cut and (not names or names[-1] != step.step_description):
                 names.append(step.step_description)
         try:
             completion = format_subtasks(names)
@@ -230,7 +239,7 @@ class _Builder:
         if start > step.first:
             return motion_sentence(self._left(step, start), self._gripper_before(index, start))
         if self.options.plan_source == "both":
-            return f"{step.reasoning} {step.main_movements}"
+            return " ".join(dict.fromkeys((step.reasoning, step.main_movements)))
         return step.reasoning if self.options.plan_source == "reasoning" else step.main_movements
 
     def _motion_plan(self, index: int, start: int) -> None:
@@ -273,7 +282,9 @@ class _Builder:
             return self._drop("completion", step.first, "no later frame shows the step done")
         prompt = prompts.completion_prompt(step.step_description)
         pairs = [(end, self._completed(index))]
-        others = [other.first for j, other in enumerate(self.steps) if j not in (index, index + 1)]
+        others = [
+            other.first for j, other in enumerate(self.steps) if j not in (index, index + 1) and not other.cut
+        ]
         if others:
             pairs.append((int(self.random.choice(others)), False))
         for after, done in pairs:
@@ -312,9 +323,8 @@ class _Builder:
 
     def _verdict(self, index: int, before: int, after: int, success: bool) -> None:
         step = self.steps[index]
-        following = next(
-            (s.step_description for s in self.steps[index + 1 :] if s.step_description != step.step_description), None
-        )
+        names = (other.step_description for other in self.steps[index + 1 :] if not other.cut)
+        following = next((name for name in names if name != step.step_description), None)
         state = "complete" if success else "not complete"
         verdict = Verdict(success, "High", f"{step.step_description} is {state} in the after image.")
         try:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from vlm2vla_training.episodes.base import Episode, binary_gripper
+from vlm2vla_training.episodes.corrections import CorrectionReader
 from vlm2vla_training.errors import DataError
 from vlm2vla_training.jsonio import read_json, read_jsonl
 
@@ -18,7 +19,8 @@ _EVENTS_FILE = "events.jsonl"
 class RecordingsSource:
     """Every recording below a folder (or the folder itself) as an EpisodeSource.
 
-    One executed row is one step: its frame, the arm's state before it and the commanded 7-D action.
+    One executed row is one step: its frame, the arm's state before it and the commanded 7-D action. What an operator
+    wrote at `--confirm` goes into the episode's facts, as `corrections`.
     """
 
     def __init__(self, root: Path, successful_only: bool = False) -> None:
@@ -63,13 +65,15 @@ def read_recording(folder: Path, key: str, facts: dict[str, Any]) -> Episode | N
     """Read one recording; None when nothing moved.
 
     Raises:
-        DataError: a step event lacks its frame, state or action, or the frame's file is missing.
+        DataError: a step event lacks its frame, state or action, a correction its words, or a frame's file is missing.
     """
     instruction = ""
     images: list[bytes] = []
     actions: list[list[float]] = []
     states: list[list[float]] = []
+    corrections = CorrectionReader()
     for event in read_jsonl(folder / _EVENTS_FILE):
+        corrections.event(event)
         kind = event.get("event")
         if kind == "episode":
             instruction = str(event.get("task", ""))
@@ -81,6 +85,9 @@ def read_recording(folder: Path, key: str, facts: dict[str, Any]) -> Episode | N
         states.append(state)
     if not actions:
         return None
+    corrections.close()
+    if corrections.found:
+        facts = {**facts, "corrections": corrections.found}
     moves = np.asarray(actions, dtype=np.float64)
     moves[:, 6] = binary_gripper(moves[:, 6])
     return Episode(key, instruction, "recordings", images, moves, np.asarray(states, dtype=np.float64), 0, facts)
