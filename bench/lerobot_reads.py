@@ -1,6 +1,6 @@
 """Does LeRobot's own reader find in an exported dataset what the episodes hold?
 
-    python3.12 -m venv work/lerobot && work/lerobot/bin/pip install 'lerobot[dataset]==0.6.1' pydantic
+    python3.12 -m venv work/lerobot && work/lerobot/bin/pip install 'lerobot[dataset]==0.6.1' pydantic pybase64
     vlm2vla-train export-lerobot --episodes work/episodes --out work/lerobot_dataset
     PYTHONPATH=shared_schema/src:training/src work/lerobot/bin/python bench/lerobot_reads.py \
         --episodes work/episodes --dataset work/lerobot_dataset --out bench/results/lerobot_reads.json
