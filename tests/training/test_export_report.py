@@ -13,7 +13,6 @@ from vlm2vla_training.export_report import REPORT_FILE
 from vlm2vla_training.jsonio import read_json, read_jsonl
 from vlm2vla_training.path_on_image import paths_svg, projected, read_projection, twin_projection, waypoints
 
-# export_report brings torch, which must be loaded before the software renderer: the other way round torch crashes.
 TWIN = Path(__file__).parents[2] / "models" / "twin"
 RUN = {
     "command": "sft", "base_path": str(TWIN / "base"), "artifact": "adapter", "full_finetune": False, "variant": "main",
