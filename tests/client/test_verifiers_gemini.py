@@ -58,7 +58,7 @@ class Taken:
 
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
-        self.notes = Notes(self._record, self._picture)
+        self.notes = Notes(self._record, self._picture, lambda: None)
 
     def _record(self, kind: str, **fields: Any) -> None:
         self.events.append({"event": kind, **fields})

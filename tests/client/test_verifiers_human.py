@@ -45,7 +45,7 @@ def terminal() -> Iterator[Terminal]:
 
 
 def notes() -> Notes:
-    return Notes(lambda *_, **__: None, lambda frame: Path("runs") / "frames" / f"{frame.frame_id}.jpg")
+    return Notes(lambda *_, **__: None, lambda frame: Path("runs") / "frames" / f"{frame.frame_id}.jpg", lambda: None)
 
 
 def ask(terminal: Terminal, deadline_s: float = 10.0, said: list[str] | None = None) -> Verdict:
@@ -118,7 +118,9 @@ def test_the_pair_shows_both_pictures() -> None:
 def test_without_a_display_nothing_is_opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
-    show_on_display(BEFORE, AFTER, Notes(lambda *_, **__: None, lambda _: tmp_path / "frames" / "000000.jpg"))
+    show_on_display(
+        BEFORE, AFTER, Notes(lambda *_, **__: None, lambda _: tmp_path / "frames" / "000000.jpg", lambda: None)
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -129,7 +131,9 @@ def test_with_a_display_the_pair_is_opened(monkeypatch: pytest.MonkeyPatch, tmp_
     opener.chmod(0o755)
     monkeypatch.setenv("PATH", f"{opener.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("DISPLAY", ":99")
-    show_on_display(BEFORE, AFTER, Notes(lambda *_, **__: None, lambda _: tmp_path / "frames" / "000000.jpg"))
+    show_on_display(
+        BEFORE, AFTER, Notes(lambda *_, **__: None, lambda _: tmp_path / "frames" / "000000.jpg", lambda: None)
+    )
     ends_s = time.monotonic() + 10
     while not (tmp_path / "opened.jpg").is_file() and time.monotonic() < ends_s:
         time.sleep(0.05)

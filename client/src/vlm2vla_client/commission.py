@@ -226,22 +226,25 @@ class Walk:
             raise self._no(step, found)
 
     def _ready(self, what: str) -> None:
-        self._say(f"{what}. Enter: go; q: end")
-        while self._key() not in ("\r", "\n"):
-            self._say("  Enter or q, please")
+        key = self._asked(f"{what}. Enter: go; q: end")
+        while key not in ("\r", "\n"):
+            key = self._asked("  Enter or q, please")
 
     def _confirm(self, step: str, question: str) -> None:
         """One key. Raises NotCompletedError unless it is yes."""
-        self._say(f"  {question} [y]es, [n]o")
-        while (key := self._key().lower()) not in ("y", "n"):
-            self._say("  y or n, please")
+        key = self._asked(f"  {question} [y]es, [n]o").lower()
+        while key not in ("y", "n"):
+            key = self._asked("  y or n, please").lower()
         self._arm.recorder.event("confirmed", step=step, question=question, yes=key == "y")
         if key == "n":
             raise self._no(step, f"not confirmed: {question}")
 
-    def _key(self) -> str:
-        """A key pressed from now on: one that was pressed before the question is no answer."""
+    def _asked(self, question: str) -> str:
+        """The key that answers: what was pressed before the question is dropped before it is shown, not after, or a
+        quick answer would be lost with it.
+        """
         self._keys.pending()
+        self._say(question)
         return key_of_operator(self._keys)
 
     def _no(self, step: str, found: str) -> NotCompletedError:

@@ -81,7 +81,9 @@ class _Episode:
         if isinstance(parts.verifier, ChainVerifier):
             parts.verifier.on_failure(self._verifier_failed)
             recorder = parts.recorder
-            parts.verifier.note_in(Notes(self._record, lambda frame: recorder.path_of(recorder.frame(frame))))
+            parts.verifier.note_in(
+                Notes(self._record, lambda frame: recorder.path_of(recorder.frame(frame)), parts.progress.quiet)
+            )
         try:
             self._write_header()
             self._all_subtasks()
@@ -314,8 +316,7 @@ class _Episode:
     def _verify(self, index: int, before: Frame, before_number: int, result: ChunkResult, began_s: float) -> bool:
         """Settle, fresh frame, verdict. A verifier that errs is never a success."""
         parts = self.parts
-        if "human" not in parts.verifier.name.split(","):
-            parts.progress.waiting("verifying")
+        parts.progress.waiting("verifying")
         parts.clock.sleep_s(self.config.settle_s)
         after = parts.camera.after(parts.clock.now_s(), FRAME_TIMEOUT_S)
         parts.moves.look(after)

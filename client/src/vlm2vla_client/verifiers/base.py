@@ -51,10 +51,12 @@ class Notes:
     Attributes:
         record: appends an event, given its kind and its fields by name.
         picture: the file that holds a frame; stores it when it is not stored yet.
+        quiet: ends what moves on the terminal, before a person is asked something there.
     """
 
     record: Callable[..., None]
     picture: Callable[[Frame], Path]
+    quiet: Callable[[], None]
 
 
 @runtime_checkable

@@ -134,6 +134,7 @@ class HumanVerifier:
         """
         ends_s = time.monotonic() + deadline_s
         if self._notes is not None:
+            self._notes.quiet()
             self._say(f"  before   {self._notes.picture(before)}")
             self._say(f"  after    {self._notes.picture(after)}")
             self._show(before, after, self._notes)
