@@ -84,6 +84,7 @@ def run_until_killed(command: list[str], books: Books, url: str) -> int:
     process = subprocess.Popen(
         [sys.executable, "-m", "vlm2vla_training.cli", *command],
         env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's "&" has all below it ignore Ctrl-C
     )  # fmt: skip
     books.victim = process.pid
     _, said = process.communicate(timeout=120)
