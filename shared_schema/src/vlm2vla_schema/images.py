@@ -27,8 +27,8 @@ MAX_PIXELS = 16_777_216
 """Default limit of `decode_image`: 4096 x 4096; a camera frame is 640 x 480."""
 
 _MAX_JPEG_SCANS = 100
-_SHARED_FROM_PIXELS = 150_000  # below, a second thread costs more than it saves
-_LARGE_PX = 448  # from here on the second pass is worth sharing, and both among more threads
+_STRIPS = 4
+_STRIPS_FROM_PX = 448  # below, threads cost more than they save: measured for 112, also with two of them
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _EIGHT_BIT_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "La", "CMYK", "YCbCr"})
 _Box: TypeAlias = tuple[int, int, int, int]
@@ -68,7 +68,7 @@ def decode_to_square(
     """`to_model_square(decode_image(data, max_pixels), size)`, bit for bit, without the full picture in between.
 
     Args:
-        pool: threads that share the resizing of a large picture; the caller, who works too, must not be one of them.
+        pool: threads that share the resizing to a large square; the caller, who works too, must not be one of them.
 
     Raises:
         ImageError: as `decode_image`.
@@ -127,18 +127,15 @@ def _squashed(image: Image.Image, size: int, pool: Executor | None = None) -> ND
     """Lanczos to [size, size, 3]. Pillow resizes rows first, then columns, with 8 bits a channel in between; in the
     first pass every row is by itself, in the second every column, so strips of them on threads give the same bits.
     Pictures taller than wide are not shared out: some of them Pillow 13 resizes columns first."""
-    shared = image.height <= image.width and image.height * max(image.width, size) >= _SHARED_FROM_PIXELS
-    if pool is None or not shared:
+    if pool is None or size < _STRIPS_FROM_PX or image.height > image.width:
         return np.array(image.resize((size, size), Image.Resampling.LANCZOS), dtype=np.uint8)
     image.load()  # now: strips would each start to decode
     narrow = Image.new("RGB", (size, image.height))
-    rows = [(0, top, image.width, low) for top, low in _strips(image.height, size)]
+    rows = [(0, top, image.width, low) for top, low in _strips(image.height)]
     flat = _shared(pool, lambda box: _resized(image, box, (size, box[3] - box[1])), rows)
     for box, strip in zip(rows, flat, strict=True):
         narrow.paste(strip, (0, box[1]))
-    if size < _LARGE_PX:
-        return np.array(narrow.resize((size, size), Image.Resampling.LANCZOS), dtype=np.uint8)
-    columns = [(left, 0, right, image.height) for left, right in _strips(size, size)]
+    columns = [(left, 0, right, image.height) for left, right in _strips(size)]
     done = _shared(pool, lambda box: _resized(narrow, box, (box[2] - box[0], size)), columns)
     return np.concatenate([np.asarray(strip) for strip in done], axis=1)
 
@@ -147,10 +144,8 @@ def _resized(image: Image.Image, box: _Box, size: tuple[int, int]) -> Image.Imag
     return image.crop(box).resize(size, Image.Resampling.LANCZOS)
 
 
-def _strips(length: int, size: int) -> list[tuple[int, int]]:
-    """Where to cut: in two for a small square, as more threads would cost more than they save."""
-    count = 4 if size >= _LARGE_PX else 2
-    edges = [length * part // count for part in range(count + 1)]
+def _strips(length: int) -> list[tuple[int, int]]:
+    edges = [length * part // _STRIPS for part in range(_STRIPS + 1)]
     return [(low, high) for low, high in pairwise(edges) if high > low]
 
 
