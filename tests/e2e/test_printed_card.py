@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from seam_monitor import SeamMonitor
 
-from vlm2vla_client.cameras.twin import TwinCamera
 from vlm2vla_client.episode import EpisodeResult
 from vlm2vla_client.http import ServerConnection
 from vlm2vla_client.policies.base import (
@@ -32,11 +31,9 @@ from vlm2vla_client.policies.base import (
 from vlm2vla_client.policies.server import ServerPolicy
 from vlm2vla_client.progress import SilentProgress
 from vlm2vla_client.recorder import read_episode
-from vlm2vla_client.robots.twin import TwinClock, TwinRobot
 from vlm2vla_client.scenes import SceneChoice, choose_scene
-from vlm2vla_client.sim import SimBench, SimRequest, run_parts, sim_limits
+from vlm2vla_client.sim import SimBench, SimRequest, run_parts
 from vlm2vla_client.verifiers.none import NoVerifier
-from vlm2vla_client.verifiers.twin import TruthCamera
 from vlm2vla_schema.prompts import actions_prompt
 from vlm2vla_schema.types import Frame
 from vlm2vla_twin import camera, scene
@@ -109,27 +106,11 @@ class Obedient:
         pass
 
 
-class SimulatedClock(TwinClock):
-    """Simulated time only: no row is dropped because this machine was busy, so every order reaches the filter."""
-
-    def now_s(self) -> float:
-        return self._world.time_s
-
-
-def opened(choice: SceneChoice) -> SimBench:
-    """As ``SimBench.open``, on simulated time."""
-    world = World(choice.spec)
-    clock = SimulatedClock(world)
-    robot, eye = TwinRobot(world, clock), TruthCamera(TwinCamera(world, clock), world)
-    robot.connect()
-    eye.start()
-    return SimBench(world, clock, robot, eye, sim_limits({}))
-
-
 def run(choice: SceneChoice, policy: Policy, folder: Path, **changes: object) -> tuple[EpisodeResult, SeamMonitor]:
     """One episode in the twin, the monitor in the arm's place."""
     given = replace(SimRequest(TASK, choice, animate=False, max_cycles=20, max_cycles_per_subtask=0), **changes)  # type: ignore[arg-type]  # fields by name
-    bench = opened(choice)
+    # On simulated time no row is dropped because this machine was busy: every order reaches the filter.
+    bench = SimBench.open(choice, {}, realtime=False, simulated=True)
     try:
         monitor = SeamMonitor(bench.robot, bench.limits)
         bench.clock.on_advance.append(monitor.watch)

@@ -111,15 +111,24 @@ class SimBench:
 
     @classmethod
     def open(
-        cls, choice: SceneChoice, limits: Mapping[str, Any], realtime: bool, real: Camera | None = None
+        cls,
+        choice: SceneChoice,
+        limits: Mapping[str, Any],
+        realtime: bool,
+        real: Camera | None = None,
+        *,
+        simulated: bool = False,
     ) -> SimBench:
         """Builds the scene, connects the arm and starts the camera, the twin's own or a ``real`` one.
+
+        Args:
+            simulated: only simulated time passes (:class:`TwinClock`), as repeatable trials need it.
 
         Raises:
             CameraError: no OpenGL, or no picture from the real camera.
         """
         world = World(choice.spec)
-        clock = TwinClock(world, realtime=realtime)
+        clock = TwinClock(world, realtime=realtime, simulated=simulated)
         robot = TwinRobot(world, clock)
         eye = TwinCamera(world, clock) if real is None else RehearsalCamera(real, SystemClock(), clock)
         camera = TruthCamera(eye, world)

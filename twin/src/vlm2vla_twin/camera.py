@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes.util
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -111,6 +112,9 @@ def _renderer(width: int, height: int) -> _Renderer:
     return _Renderer(width, height)
 
 
+_OPENING = threading.Lock()  # of episodes that begin at once, one opens the context
+
+
 class Camera:
     """The bench's D435 as seen by the policy: 640x480 RGB, vertical field of view 42.1 degrees.
 
@@ -121,7 +125,8 @@ class Camera:
 
     def __init__(self, world: World, width: int = WIDTH, height: int = HEIGHT) -> None:
         self.world = world
-        self._renderer = _renderer(width, height)
+        with _OPENING:
+            self._renderer = _renderer(width, height)
         self._noise = np.random.default_rng(world.spec.seed)
 
     def rgb(self) -> NDArray[np.uint8]:

@@ -42,6 +42,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--server", metavar="URL", help="where vlm2vla-server answers (default http://127.0.0.1:8000)")
     parser.add_argument("--api-key", metavar="KEY", help="sent as a bearer token (or set VLM2VLA_API_KEY)")
     parser.add_argument("--model", metavar="NAME", help="adapter to ask, or 'base' (default: the server's first)")
+    parser.add_argument(
+        "--parallel", type=int, default=1, metavar="N",
+        help="trials at once, for a server that answers several at once (default 1; 8 suits the vllm engine's defaults)",
+    )  # fmt: skip
     parser.add_argument("--record", action="store_true", help="keep a recording of every trial under DIR/episodes")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="trials, summary and report")
     return parser
@@ -84,6 +88,7 @@ def _run(arguments: argparse.Namespace) -> int:
         model=arguments.model or config.model,
         mode=arguments.mode,
         record=arguments.record,
+        parallel=arguments.parallel,
     )
     connection = None
     if options.needs_server:

@@ -32,6 +32,7 @@ class EvalOptions:
         verifiers: names in the order of the chain.
         model: adapter name for the policy, None for the server's default.
         record: keep a full recording of every trial under ``out/episodes``.
+        parallel: trials that run at once; what a trial shows does not depend on it.
     """
 
     suites: tuple[str, ...]
@@ -44,6 +45,7 @@ class EvalOptions:
     mode: Literal["varied", "paper"] = "varied"
     max_cycles: int = MAX_CYCLES
     record: bool = False
+    parallel: int = 1
 
     @property
     def seeds(self) -> range:

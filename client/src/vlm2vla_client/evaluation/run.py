@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import time
+import threading
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vlm2vla_client.errors import ClientError, ConfigurationError
 from vlm2vla_client.evaluation.options import EvalOptions
+from vlm2vla_client.evaluation.parallel import Key, finished, stoppable
 from vlm2vla_client.evaluation.report import write_report
 from vlm2vla_client.evaluation.summary import Summary, write_summary
 from vlm2vla_client.evaluation.trial import PolicyMaker, ServerFailedError, run_trial
@@ -24,6 +25,7 @@ from vlm2vla_client.sim import make_policy
 
 CONFIG = "config.json"
 RESTARTS = 2
+MAX_PARALLEL = 64
 RESTART_WAIT_S = 3.0
 
 Told = Callable[[Trial, int, int], None]
@@ -51,22 +53,29 @@ def run_suite(
     """
     if options.trials < 1:
         raise ConfigurationError(f"--trials must be at least 1, received {options.trials}")
+    if not 1 <= options.parallel <= MAX_PARALLEL:
+        raise ConfigurationError(f"--parallel must be 1 to {MAX_PARALLEL}, received {options.parallel}")
     if options.needs_server and connection is None:
         raise ConfigurationError("this policy or verifier needs a server: give --server URL")
     server = server_facts(connection, options.model) if options.needs_server and connection is not None else {}
+    room = server.get("max_concurrency")
+    if room is not None and options.parallel > room:
+        raise ConfigurationError(f"--parallel {options.parallel}: this server takes {room} requests at once")
     with TrialLog(options.out) as log:
         _same_evaluation(options, server)
         done = {trial.key for trial in read_trials(options.out)}
         wanted = [(name, seed) for name in options.suites for seed in options.seeds]
-        commit = current_commit()
-        finished = sum(key in done for key in wanted)
-        for name, seed in wanted:
-            if (name, seed) in done:
-                continue
-            trial = _one(options, name, seed, connection, commit, maker)
+        commit, stop = current_commit(), threading.Event()
+        attempt = _Attempt(options, connection, commit, stoppable(maker, stop), stop)
+
+        def run_one(key: Key) -> Trial:
+            trial = attempt.until_counted(*key)
             log.append(trial)
-            finished += 1
-            told(trial, finished, len(wanted))
+            return trial
+
+        missing = [key for key in wanted if key not in done]
+        for count, trial in enumerate(finished(missing, run_one, options.parallel, stop), len(wanted) - len(missing) + 1):
+            told(trial, count, len(wanted))
         summary, trials = write_summary(options.out, server)
         write_report(options.out, summary, trials)
     return summary
@@ -85,27 +94,29 @@ def rebuild(folder: Path) -> tuple[Summary, list[Trial]]:
     return summary, trials
 
 
-def _one(
-    options: EvalOptions,
-    name: str,
-    seed: int,
-    connection: ServerConnection | None,
-    commit: str | None,
-    maker: PolicyMaker,
-) -> Trial:
-    for attempt in range(RESTARTS + 1):
-        last = attempt == RESTARTS
-        try:
-            trial = run_trial(options, name, seed, connection, commit=commit, maker=maker)
-        except ServerFailedError:
-            if last:
-                raise
-            time.sleep(RESTART_WAIT_S)
-            continue
-        # The twin's arm and camera do not fail; a starved computer makes their states too old to move on.
-        if last or trial.outcome not in ("robot", "camera"):
-            return replace(trial, retries=attempt)
-    raise AssertionError("unreachable: the last attempt returns or raises")
+@dataclass(frozen=True)
+class _Attempt:
+    """What every trial of this evaluation needs; used by several threads."""
+
+    options: EvalOptions
+    connection: ServerConnection | None
+    commit: str | None
+    maker: PolicyMaker
+    stop: threading.Event
+
+    def until_counted(self, name: str, seed: int) -> Trial:
+        """One trial, started again after a fault that says nothing about the policy."""
+        for attempt in range(RESTARTS + 1):
+            last = attempt == RESTARTS
+            try:
+                trial = run_trial(self.options, name, seed, self.connection, commit=self.commit, maker=self.maker)
+            except ServerFailedError:
+                if last or self.stop.wait(RESTART_WAIT_S):
+                    raise
+                continue
+            if last or trial.outcome not in ("robot", "camera"):
+                return replace(trial, retries=attempt)
+        raise AssertionError("unreachable: the last attempt returns or raises")
 
 
 def server_facts(connection: ServerConnection, model: str | None) -> dict[str, Any]:
@@ -123,6 +134,7 @@ def server_facts(connection: ServerConnection, model: str | None) -> dict[str, A
         "hash": adapters[0].get("hash") if adapters else None,
         "stages": list(info.stages),
         "trained_to_act": info.trained_to_act,
+        "max_concurrency": details.get("limits", {}).get("max_concurrency"),
         **{name: details[name] for name in names if name in details},
     }
 

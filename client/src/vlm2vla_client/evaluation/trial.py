@@ -71,9 +71,10 @@ class FullTape(Recorder):
 
     def event(self, kind: str, **fields: Any) -> None:
         """Writes the event and keeps it if the trial's line needs it."""
+        now_s = time.monotonic()
         super().event(kind, **fields)
         if kind in _KEPT:
-            self.events.append({"t_s": time.monotonic(), "event": kind, **fields})
+            self.events.append({"t_s": now_s, "event": kind, **fields})
 
 
 def run_trial(
@@ -110,7 +111,7 @@ def run_trial(
     tape: EventTape | FullTape = EventTape()
     if options.record:
         tape = FullTape(new_episode_folder(options.out / "episodes", f"{suite_name} {seed}"))
-    bench = SimBench.open(request.choice, request.limits, realtime=False)
+    bench = SimBench.open(request.choice, request.limits, realtime=False, simulated=True)
     try:
         policy, verifier = maker(request, bench.world), make_verifier(request, bench)
         info = policy.info()
@@ -219,7 +220,7 @@ def cycle_seconds(events: Sequence[Mapping[str, Any]]) -> tuple[list[float], int
         if event["event"] == "request" and event.get("stage") == "cycle":
             asked_s = float(event["t_s"])
         elif asked_s is not None and event["event"] == "answer":
-            seconds.append(round(float(event["seconds"]), 4))
+            seconds.append(round(float(event["t_s"]) - asked_s, 4))  # wall time: the twin's clock stands still meanwhile
             retried += _sampled_again(event.get("answer"))
             asked_s = None
         elif asked_s is not None and event["event"] == "error" and event.get("where") == "cycle":

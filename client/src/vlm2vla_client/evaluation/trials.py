@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -126,10 +127,11 @@ def add_override(folder: Path, override: Override) -> None:
 
 
 class TrialLog:
-    """The trials of one folder, open for appending by this process alone."""
+    """The trials of one folder, open for appending by this process alone, from any of its threads."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / TRIALS
+        self._writing = threading.Lock()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = (folder / ".lock").open("w")
@@ -144,7 +146,8 @@ class TrialLog:
 
     def append(self, trial: Trial) -> None:
         """Writes one line and waits until it is on the disk."""
-        _append(self._path, plain(trial))
+        with self._writing:
+            _append(self._path, plain(trial))
 
     def __enter__(self) -> TrialLog:
         return self

@@ -29,21 +29,23 @@ class TwinClock:
     """Monotonic time that advances a simulated world while it sleeps.
 
     ``now_s`` counts wall time (so that the age of an answer is real) plus the simulated seconds that were slept,
-    which take almost no wall time; with ``realtime`` they take as long as they say. Observers in ``on_advance`` are
-    called after every control step of 0.02 s, for instance by a judge; ``drivers`` before it, with its length.
-    Not thread-safe: one thread sleeps and reads.
+    which take almost no wall time; with ``realtime`` they take as long as they say. ``simulated`` counts the slept
+    seconds alone: then an episode is the same on any computer, however busy, and a wait for an answer takes no time.
+    Observers in ``on_advance`` are called after every control step of 0.02 s, for instance by a judge; ``drivers``
+    before it, with its length. Not thread-safe: one thread sleeps and reads.
     """
 
-    def __init__(self, world: World, *, realtime: bool = False) -> None:
+    def __init__(self, world: World, *, realtime: bool = False, simulated: bool = False) -> None:
         self._world = world
         self._realtime = realtime
+        self._simulated = simulated
         self._shift_s = 0.0
         self.on_advance: list[Callable[[], None]] = []
         self.drivers: list[Callable[[float], None]] = []
 
     def now_s(self) -> float:
-        """Wall time plus simulated time, seconds."""
-        return time.monotonic() + self._shift_s
+        """Wall time plus simulated time, or simulated time alone, seconds."""
+        return self._world.time_s if self._simulated else time.monotonic() + self._shift_s
 
     def sleep_s(self, duration_s: float) -> None:
         """Advance the physics by ``duration_s`` (rounded to its 2 ms step, at least one); nothing for zero or less."""
