@@ -54,9 +54,9 @@ def measure(arguments: argparse.Namespace, connection: ServerConnection, folder:
     processor: dict[str, float] = dict.fromkeys(ways, 0.0)
     for number in range(arguments.blocks):
         for way in sorted(ways, reverse=bool(number % 2)):
+            seed = arguments.seed + number * arguments.trials
             options = EvalOptions(
-                suites=suites_of(arguments.suite), trials=arguments.trials, seed=arguments.seed + number * arguments.trials,
-                out=folder / f"{way}-{number}", verifiers=(arguments.verifier,), parallel=ways[way],
+                suites=suites_of(arguments.suite), trials=arguments.trials, seed=seed, out=folder / f"{way}-{number}", verifiers=(arguments.verifier,), parallel=ways[way],
             )  # fmt: skip
             used_s = time.process_time()
             took_s, found = block(options, connection)
@@ -117,7 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     connection.wait_ready(READY_WAIT_S)
     load_before = os.getloadavg()
     with tempfile.TemporaryDirectory() as folder:
-        warm = EvalOptions(suites_of(arguments.suite), 1, arguments.seed - 1, Path(folder) / "warm", verifiers=("twin",))
+        warm = EvalOptions(
+            suites_of(arguments.suite), 1, arguments.seed - 1, Path(folder) / "warm", verifiers=("twin",)
+        )
         run_suite(warm, connection)
         found = measure(arguments, connection, Path(folder))
     missed = [] if found["ratio"] >= MUST_RATIO else [f"{found['ratio']} times one at a time, must be {MUST_RATIO:g}"]

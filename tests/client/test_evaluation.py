@@ -15,8 +15,9 @@ from client_fakes import info_body
 from vlm2vla_client.errors import AnswerUnusableError, ConfigurationError, RecordingError, ServerUnreachableError
 from vlm2vla_client.evaluation import run as run_module
 from vlm2vla_client.evaluation.cli import main
+from vlm2vla_client.evaluation.comparison import differences
 from vlm2vla_client.evaluation.options import GROUPS, EvalOptions, split_of, suites_of
-from vlm2vla_client.evaluation.report import differences, write_report
+from vlm2vla_client.evaluation.report import write_report
 from vlm2vla_client.evaluation.run import rebuild, run_suite
 from vlm2vla_client.evaluation.summary import LANGUAGE_GROUP, summarise
 from vlm2vla_client.evaluation.trial import ServerFailedError, cycle_seconds, failure_of

@@ -34,7 +34,8 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", metavar="NAME", help="adapter to ask, or 'base' (default: the server's first)")
 
 
-def _add_camera(parser: argparse.ArgumentParser) -> None:
+def add_camera(parser: argparse.ArgumentParser) -> None:
+    """The flags that choose a camera; ``commands.camera_options`` reads them."""
     group = parser.add_argument_group("camera")
     group.add_argument("--camera", choices=CAMERAS, help="default realsense, or client.toml")
     group.add_argument("--camera-serial", metavar="N", help="realsense: which one, when several are connected")
@@ -51,7 +52,7 @@ def _add_run(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     run.add_argument("--sim", action="store_true", help="the twin's robot and camera, the server's verifier")
     run.add_argument("--config", type=Path, metavar="FILE", help="client.toml (default: the user's config folder)")
     run.add_argument("--robot", choices=ROBOTS, help="default widowx, or client.toml")
-    _add_camera(run)
+    add_camera(run)
     run.add_argument("--verifier", metavar="NAMES", help=f"one of {', '.join(VERIFIERS)}, or a chain: gemini,human")
     run.add_argument("--gemini-consent", action="store_true", help="send pictures of the bench to Google, this run")
     run.add_argument("--policy", choices=POLICIES, default="server")
@@ -100,7 +101,7 @@ def _add_others(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
     ask.add_argument("--seed", type=_seed, default=DEVELOPMENT_SEED, metavar="N", help="twin: scene (500000)")
     ask.add_argument("--config", type=Path, metavar="FILE", help="client.toml (default: the user's config folder)")
     ask.add_argument("--json", action="store_true", help="one JSON object on standard output, nothing else")
-    _add_camera(ask)
+    add_camera(ask)
     _add_server(ask)
     ask.set_defaults(command=commands.ask)
 
@@ -135,7 +136,7 @@ def _add_setting_up(subparsers: argparse._SubParsersAction[argparse.ArgumentPars
 
     drive = subparsers.add_parser("teleop", help="move the arm by the keyboard, recorded as an episode to learn from")
     teleop.add_arguments(drive)
-    _add_camera(drive)
+    add_camera(drive)
     drive.set_defaults(command=teleop.teleop)
 
     check = subparsers.add_parser("doctor", help="check server, camera, arm, verifier and limits; name every remedy")

@@ -9,17 +9,28 @@ from pathlib import Path
 
 from vlm2vla_client.config import check_server_url, load_config
 from vlm2vla_client.errors import ConfigurationError
-from vlm2vla_client.evaluation.options import GROUPS, POLICIES, VERIFIERS, EvalOptions, suites_of
-from vlm2vla_client.evaluation.report import Run, write_comparison
-from vlm2vla_client.evaluation.run import rebuild, run_suite
+from vlm2vla_client.evaluation.comparison import Run, write_comparison
+from vlm2vla_client.evaluation.options import (
+    GROUPS,
+    PAPER_TRIALS,
+    POLICIES,
+    VERIFIERS,
+    EvalOptions,
+    suites_of,
+    trials_of,
+)
+from vlm2vla_client.evaluation.run import read_evaluation, rebuild, run_suite
+from vlm2vla_client.evaluation.sheet_cli import overlay, sheet, sheet_report
+from vlm2vla_client.evaluation.starts import starts_of
 from vlm2vla_client.evaluation.summary import Summary
 from vlm2vla_client.evaluation.trials import Override, Trial, add_override
 from vlm2vla_client.http import ServerConnection
 from vlm2vla_client.progress import printable
 from vlm2vla_twin.tasks import SUITES
 
-COMMANDS = ("run", "compare", "override", "report")
+COMMANDS = ("run", "compare", "override", "report", "sheet", "overlay", "sheet-report")
 READY_WAIT_S = 120.0
+SHEET_COMMANDS = {"sheet": sheet, "overlay": overlay, "sheet-report": sheet_report}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,12 +39,16 @@ def build_parser() -> argparse.ArgumentParser:
         prog="vlm2vla-client eval",
         description="Measures a policy on suites of the twin. Continues where it stopped.",
         epilog="also: eval compare DIR DIR ... --out FILE | eval override DIR --suite NAME --seed S "
-        "--plan-credit yes|no --by NAME --why TEXT | eval report DIR",
+        "--plan-credit yes|no --by NAME --why TEXT | eval report DIR | eval sheet, eval overlay, eval sheet-report: "
+        "trials on a real bench",
     )
     parser.add_argument(
         "--suite", required=True, metavar="NAME", help=f"{', '.join([*SUITES, *GROUPS])}, or several with commas"
     )
-    parser.add_argument("--trials", type=int, default=30, metavar="N", help="trials of each task (default 30)")
+    parser.add_argument(
+        "--trials", type=trials_of, default=PAPER_TRIALS, metavar="N",
+        help="trials of each task, or 'paper' for its counts: 30, so 90 for the three languages (default 30)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=1_000_000, metavar="S", help="first seed (default 1000000)")
     parser.add_argument("--sim", action="store_true", help="the twin's robot and camera; the only ones so far")
     parser.add_argument("--policy", choices=POLICIES, default="server")
@@ -44,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", metavar="NAME", help="adapter to ask, or 'base' (default: the server's first)")
     parser.add_argument(
         "--parallel", type=int, default=1, metavar="N",
-        help="trials at once, for a server that answers several at once (default 1; 8 suits the vllm engine's defaults)",
+        help="trials at once, for a server that answers several at once (default 1; 8 to 14 suit the vllm engine)",
     )  # fmt: skip
     parser.add_argument("--record", action="store_true", help="keep a recording of every trial under DIR/episodes")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="trials, summary and report")
@@ -63,10 +78,9 @@ def main(argv: Sequence[str]) -> int:
     if command == "override":
         return _override(rest)
     if command == "report":
-        parser = argparse.ArgumentParser(prog="vlm2vla-client eval report")
-        parser.add_argument("folder", type=Path)
-        _say(rebuild(parser.parse_args(rest).folder)[0])
-        return 0
+        return _report(rest)
+    if command in SHEET_COMMANDS:
+        return SHEET_COMMANDS[command](rest)
     return _run(build_parser().parse_args(rest))
 
 
@@ -105,8 +119,23 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _report(argv: Sequence[str]) -> int:
+    if "--out" in argv:
+        return _compare(argv)
+    parser = argparse.ArgumentParser(
+        prog="vlm2vla-client eval report",
+        description="Writes the summary and report of one folder again; with --out FILE, one page about several "
+        "folders, as eval compare.",
+    )
+    parser.add_argument("folder", type=Path)
+    _say(rebuild(parser.parse_args(argv).folder)[0])
+    return 0
+
+
 def _compare(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="vlm2vla-client eval compare", description="Evaluations side by side.")
+    parser = argparse.ArgumentParser(
+        prog="vlm2vla-client eval compare", description="One page about several policies on several suites."
+    )
     parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="the first is what others are compared to")
     parser.add_argument("--labels", metavar="A,B,...", help="names of the runs (default: the folders')")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="an HTML file")
@@ -116,9 +145,10 @@ def _compare(argv: Sequence[str]) -> int:
         raise ConfigurationError("give one distinct label for each folder with --labels A,B,...")
     runs = []
     for label, folder in zip(labels, arguments.folders, strict=True):
-        summary, trials = rebuild(folder)
+        summary, trials = read_evaluation(folder)
         runs.append(Run(label, summary, trials))
-    print(write_comparison(arguments.out, runs))
+    starts = starts_of(trial for run in runs for trial in run.trials)
+    print(write_comparison(arguments.out, runs, starts, "physics"))
     return 0
 
 

@@ -10,6 +10,8 @@ from vlm2vla_client.errors import ConfigurationError
 from vlm2vla_twin.tasks import SUITES
 
 MAX_CYCLES = 12
+PAPER_TRIALS = 30
+"""Trials of each policy and task in section 4.2; the three languages together have three times as many."""
 POLICIES = ("server", "expert", "random", "swapped")
 VERIFIERS = ("server", "twin", "none")
 LANGUAGES = tuple(name for name in SUITES if name.startswith("pick_carrot_"))
@@ -71,6 +73,15 @@ def suites_of(text: str) -> tuple[str, ...]:
             raise ConfigurationError(f"unknown suite {part!r}; known are {', '.join([*SUITES, *GROUPS])}")
         names += GROUPS.get(part, (part,))
     return tuple(dict.fromkeys(names))
+
+
+def trials_of(text: str) -> int:
+    """A number of trials, or ``paper`` for the paper's.
+
+    Raises:
+        ValueError: neither.
+    """
+    return PAPER_TRIALS if text == "paper" else int(text)
 
 
 def split_of(seed: int) -> str:

@@ -1,7 +1,7 @@
 """Trials side by side: threads of one process, since a trial mostly waits for a server that answers many at once.
 
-The physics of each trial runs in its own thread and on its own simulated clock, so what a trial shows does not depend on
-how many run beside it; one OpenGL context draws for all of them.
+The physics of each trial runs in its own thread and on its own simulated clock, so what a trial shows does not depend
+on how many run beside it; one OpenGL context draws for all of them.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from vlm2vla_client.evaluation.trial import PolicyMaker
 from vlm2vla_client.evaluation.trials import Trial
 from vlm2vla_client.policies.base import Asked, CycleEvent, Policy, PolicyInfo, Scenario, SubtasksAnswer
-from vlm2vla_client.sim import SimRequest
 from vlm2vla_schema.types import Frame
-from vlm2vla_twin.physics import World
 
 STOP_WAIT_S = 20.0
 """How long trials that must stop are waited for: the longest answer, and a little."""
@@ -69,7 +67,7 @@ def finished(
 
 
 def stoppable(maker: PolicyMaker, stop: threading.Event) -> PolicyMaker:
-    """Policies that are interrupted, as by Ctrl-C, at the next word asked of or received from them once ``stop`` is set.
+    """Policies that are interrupted, as by Ctrl-C, at the next word to or from them once ``stop`` is set.
 
     Ctrl-C itself reaches only the main thread.
     """

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from vlm2vla_client.evaluation.statistics import Distribution
+from vlm2vla_client.evaluation.statistics import Distribution, wilson
 from vlm2vla_client.evaluation.summary import SuiteSummary
 
 if TYPE_CHECKING:
@@ -26,37 +26,111 @@ FAULT = "#9aa3ae"
 
 
 def success_bars(runs: Mapping[str, Mapping[str, SuiteSummary]]) -> str:
-    """Success rates with Wilson whiskers, grouped by suite and one colour a run, in the style of Fig. 5.
+    """Success rates with Wilson whiskers, grouped by suite and one colour a run, in the style of Figs. 5 and 8.
 
     Args:
         runs: label of a run -> its suites by name.
     """
+    return _grouped_bars(runs, lambda suite: (suite.successes, suite.trials), "success rate [%]")
+
+
+def plan_bars(runs: Mapping[str, Mapping[str, SuiteSummary]]) -> str:
+    """Share of plans that name what D.3 asks for, on the suites that it judges, in the style of Figs. 6 and 9."""
+    judged = {
+        label: {name: suite for name, suite in suites.items() if suite.plans_judged} for label, suites in runs.items()
+    }
+    return _grouped_bars(judged, lambda suite: (suite.plans_right, suite.plans_judged), "right plans [%]")
+
+
+def _grouped_bars(
+    runs: Mapping[str, Mapping[str, SuiteSummary]], counted: Callable[[SuiteSummary], tuple[int, int]], what: str
+) -> str:
     names = list(dict.fromkeys(name for suites in runs.values() for name in suites))
     figure, axes = _figure(max(6.0, 1.2 + 0.55 * len(names) * max(1, len(runs))), 3.4)
     width = 0.8 / max(1, len(runs))
     for index, (label, suites) in enumerate(runs.items()):
-        present = [(place, suites[name]) for place, name in enumerate(names) if name in suites]
-        centres = [place + (index - (len(runs) - 1) / 2) * width for place, _ in present]
-        rates = [100 * suite.success_rate for _, suite in present]
-        down = [rate - 100 * suite.wilson_95.low for rate, (_, suite) in zip(rates, present, strict=True)]
-        up = [100 * suite.wilson_95.high - rate for rate, (_, suite) in zip(rates, present, strict=True)]
+        places = [place for place, name in enumerate(names) if name in suites]
+        counts = [counted(suites[name]) for name in names if name in suites]
+        centres = [place + (index - (len(runs) - 1) / 2) * width for place in places]
+        rates = [100 * count / total for count, total in counts]
+        down, up = _whiskers(counts)
         axes.bar(centres, rates, width * 0.9, color=SERIES[index % len(SERIES)], label=label, zorder=2)
-        whiskers = [[max(0.0, value) for value in down], [max(0.0, value) for value in up]]
-        axes.errorbar(centres, rates, yerr=whiskers, fmt="none", ecolor=INK, elinewidth=1, capsize=3, zorder=3)
-        for centre, (_, suite), top in zip(centres, present, up, strict=True):
-            height = 100 * suite.success_rate + top + 2
-            axes.text(centre, height, f"{suite.successes}/{suite.trials}", ha="center", fontsize=8, color=SOFT)
-    labels = [next(suites[name].label for suites in runs.values() if name in suites) for name in names]
-    axes.set_xticks(
-        range(len(names)),
-        [label.replace(" - ", "\n- ").replace(", ", ",\n").replace(" and P", "\nand P") for label in labels],
-    )
+        axes.errorbar(centres, rates, yerr=[down, up], fmt="none", ecolor=INK, elinewidth=1, capsize=3, zorder=3)
+        for centre, rate, top, (count, total) in zip(centres, rates, up, counts, strict=True):
+            axes.text(centre, rate + top + 2, f"{count}/{total}", ha="center", fontsize=8 if width > 0.2 else 6,
+                      color=SOFT)  # fmt: skip
+    axes.set_xticks(range(len(names)), [_broken(_label(runs, name)) for name in names])
     axes.set_ylim(0, 112)
     axes.set_yticks(range(0, 101, 20))
-    axes.set_ylabel("success rate [%]")
+    axes.set_ylabel(what)
     if len(runs) > 1:
         figure.legend(loc="upper center", ncols=min(3, len(runs)), frameon=False, fontsize=9)
         figure.subplots_adjust(top=0.84)
+    return _svg(figure)
+
+
+def _whiskers(counts: Sequence[tuple[int, int]]) -> tuple[list[float], list[float]]:
+    """How far Wilson's interval reaches below and above each rate, in per cent."""
+    bounds = [(100 * count / total, wilson(count, total)) for count, total in counts]
+    return (
+        [max(0.0, rate - 100 * interval.low) for rate, interval in bounds],
+        [max(0.0, 100 * interval.high - rate) for rate, interval in bounds],
+    )
+
+
+def _label(runs: Mapping[str, Mapping[str, SuiteSummary]], name: str) -> str:
+    return next(suites[name].label for suites in runs.values() if name in suites)
+
+
+def _broken(label: str) -> str:
+    return label.replace(" - ", "\n- ").replace(", ", ",\n").replace(" and P", "\nand P")
+
+
+SPLIT = {
+    "right_success": ("right plan, done", "#3b8a5a"), "right_failure": ("right plan, not done", "#d9a441"),
+    "wrong_success": ("wrong plan, done", "#8fb8d6"), "wrong_failure": ("wrong plan, not done", "#b0452f"),
+}  # fmt: skip
+
+
+def split_bars(runs: Mapping[str, Mapping[str, SuiteSummary]]) -> str:
+    """Planning against execution: how many trials had a right plan, how many of those ended in success."""
+    lines = [
+        (f"{suite.label}, {label}", suite)
+        for name in dict.fromkeys(name for suites in runs.values() for name in suites)
+        for label, suites in runs.items()
+        if (suite := suites.get(name)) is not None and suite.plans_judged
+    ]
+    figure, axes = _figure(8.6, 1.0 + 0.34 * len(lines))
+    for key, (name, colour) in SPLIT.items():
+        shares = [100 * suite.plan_and_success.get(key, 0) / suite.plans_judged for _, suite in lines]
+        before = list(SPLIT)[: list(SPLIT).index(key)]
+        lefts = [
+            100 * sum(suite.plan_and_success.get(other, 0) for other in before) / suite.plans_judged
+            for _, suite in lines
+        ]
+        axes.barh(range(len(lines)), shares, 0.62, left=lefts, color=colour, edgecolor="white", label=name, zorder=2)
+        for place, (share, left, (_, suite)) in enumerate(zip(shares, lefts, lines, strict=True)):
+            if share >= 6:
+                axes.text(left + share / 2, place, str(suite.plan_and_success[key]), ha="center", va="center",
+                          fontsize=8, color="white")  # fmt: skip
+    _lying(axes, [label for label, _ in lines])
+    return _svg(figure)
+
+
+def latency_boxes(seconds: Mapping[str, Sequence[float]]) -> str:
+    """The inference cycles of each run: median, quartiles, whiskers from minimum to maximum; logarithmic."""
+    figure, axes = _figure(7.0, 1.0 + 0.42 * len(seconds))
+    drawn = axes.boxplot(list(seconds.values()), orientation="horizontal", whis=(0, 100), widths=0.5, patch_artist=True)
+    for index, box in enumerate(drawn["boxes"]):
+        box.set_facecolor(SERIES[index % len(SERIES)])
+    for line in drawn["medians"]:
+        line.set_color("white")
+    axes.set_yticks(range(1, len(seconds) + 1), list(seconds))
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("one inference cycle [s]")
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", color=GRID, zorder=0)
     return _svg(figure)
 
 
@@ -85,14 +159,19 @@ def outcome_bars(suites: Mapping[str, SuiteSummary]) -> str:
         for name in order:
             if name in failed[suite_name]:
                 left = part(place, left, failed[suite_name][name], suite.trials, FAILURES.get(name, FAULT), name)
-    axes.set_yticks(range(len(suites)), [suite.label for suite in suites.values()])
+    _lying(axes, [suite.label for suite in suites.values()])
+    return _svg(figure)
+
+
+def _lying(axes: Axes, labels: Sequence[str]) -> None:
+    """Axes of horizontal bars in per cent, the first on top."""
+    axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     axes.set_xlabel("trials [%]")
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color=GRID, zorder=0)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.02), frameon=False, fontsize=8)
-    return _svg(figure)
 
 
 def _merged(failures: Mapping[str, int]) -> dict[str, int]:

@@ -13,7 +13,7 @@ from vlm2vla_client.errors import ClientError, ConfigurationError
 from vlm2vla_client.evaluation.options import EvalOptions
 from vlm2vla_client.evaluation.parallel import Key, finished, stoppable
 from vlm2vla_client.evaluation.report import write_report
-from vlm2vla_client.evaluation.summary import Summary, write_summary
+from vlm2vla_client.evaluation.summary import Summary, read_summary, write_summary
 from vlm2vla_client.evaluation.trial import PolicyMaker, ServerFailedError, run_trial
 from vlm2vla_client.evaluation.trials import Trial, TrialLog, read_trials
 from vlm2vla_client.http import ServerConnection
@@ -74,10 +74,11 @@ def run_suite(
             return trial
 
         missing = [key for key in wanted if key not in done]
-        for count, trial in enumerate(finished(missing, run_one, options.parallel, stop), len(wanted) - len(missing) + 1):
+        trials = finished(missing, run_one, options.parallel, stop)
+        for count, trial in enumerate(trials, len(wanted) - len(missing) + 1):
             told(trial, count, len(wanted))
-        summary, trials = write_summary(options.out, server)
-        write_report(options.out, summary, trials)
+        summary, scored = write_summary(options.out, server)
+        write_report(options.out, summary, scored)
     return summary
 
 
@@ -87,11 +88,25 @@ def rebuild(folder: Path) -> tuple[Summary, list[Trial]]:
     Raises:
         ConfigurationError: the folder holds no trials.
     """
-    if not read_trials(folder):
-        raise ConfigurationError(f"{folder} holds no trials")
+    _need_trials(folder)
     summary, trials = write_summary(folder, _stored(folder).get("server", {}))
     write_report(folder, summary, trials)
     return summary, trials
+
+
+def read_evaluation(folder: Path) -> tuple[Summary, list[Trial]]:
+    """Summary and trials of an existing folder; writes nothing.
+
+    Raises:
+        ConfigurationError: the folder holds no trials.
+    """
+    _need_trials(folder)
+    return read_summary(folder, _stored(folder).get("server", {}))
+
+
+def _need_trials(folder: Path) -> None:
+    if not read_trials(folder):
+        raise ConfigurationError(f"{folder} holds no trials")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The few statistics that small numbers of trials need, without a statistics library.
+"""The few statistics that small numbers of trials need; only Barnard's test takes a statistics library.
 
 Intervals are two-sided; counts of successes are binomial.
 """
@@ -126,6 +126,49 @@ def paired_difference(first: Sequence[bool], second: Sequence[bool]) -> PairedDi
     difference = (only_first - only_second) / n
     interval = Interval(max(-1.0, difference - down), min(1.0, difference + up))
     return PairedDifference(n, only_first, only_second, difference, interval, mcnemar(only_first, only_second))
+
+
+@dataclass(frozen=True)
+class UnpairedDifference:
+    """Success rate of ``first`` minus that of ``second``, on trials that have nothing to do with one another.
+
+    Attributes:
+        interval: Newcombe (1998, Statistics in Medicine 17:873, method 10), 95 %.
+        p_value: Barnard's exact test, two-sided.
+    """
+
+    n_first: int
+    n_second: int
+    difference: float
+    interval: Interval
+    p_value: float
+
+
+def unpaired_difference(successes: tuple[int, int], trials: tuple[int, int]) -> UnpairedDifference:
+    """Compares two success rates that share no seeds; (first, second) each.
+
+    Raises:
+        ValueError: not 0 <= successes <= trials, or a side without trials.
+    """
+    (one, two), (n1, n2) = successes, trials
+    if n1 == 0 or n2 == 0:
+        raise ValueError("expected trials on both sides")
+    p1, p2, w1, w2 = one / n1, two / n2, wilson(one, n1), wilson(two, n2)
+    down, up = math.hypot(p1 - w1.low, w2.high - p2), math.hypot(w1.high - p1, p2 - w2.low)
+    difference = p1 - p2
+    interval = Interval(max(-1.0, difference - down), min(1.0, difference + up))
+    return UnpairedDifference(n1, n2, difference, interval, barnard(successes, trials))
+
+
+def barnard(successes: tuple[int, int], trials: tuple[int, int]) -> float:
+    """The two-sided p-value of Barnard's exact test (pooled score statistic); 1 when all or none succeeded."""
+    from scipy.stats import barnard_exact
+
+    (one, two), (n1, n2) = successes, trials
+    if one + two in (0, n1 + n2):
+        return 1.0
+    found = barnard_exact([[one, two], [n1 - one, n2 - two]], alternative="two-sided", pooled=True, n=64)
+    return min(1.0, float(found.pvalue))
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

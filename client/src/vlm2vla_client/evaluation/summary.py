@@ -28,7 +28,11 @@ class SuiteSummary:
     Attributes:
         wilson_95, clopper_pearson_95: intervals of the success rate.
         mean_score: by the rubric of the policy (planning or not), out of ``max_score``.
-        plans_right: trials whose text named what D.3 asks for, of ``plans_judged`` (0 where D.1 does not ask).
+        plans_right: trials whose text named what D.3 asks for, of ``plans_judged`` (0 where D.1 does not ask, or for
+            a policy that writes no plans); with a person's verdicts in place of the keywords where there are any.
+        plans_right_by_keywords, mean_score_by_keywords: the same without a person's verdicts.
+        plan_and_success: the planning / execution split: ``right_success``, ``right_failure``, ``wrong_success``,
+            ``wrong_failure``.
         stages: in how many trials each stage was reached.
         verified_without_success: the verifier called it done, physics did not; and the other way round.
     """
@@ -46,6 +50,9 @@ class SuiteSummary:
     mean_non_planning_score: float
     plans_right: int
     plans_judged: int
+    plans_right_by_keywords: int
+    mean_score_by_keywords: float
+    plan_and_success: dict[str, int]
     failures: dict[str, int]
     stages: dict[str, int]
     verified_without_success: int
@@ -103,10 +110,15 @@ def _scored_again(trial: Trial, override: Override) -> Trial:
     )
 
 
-def summarise_suite(label: str, trials: Sequence[Trial]) -> SuiteSummary:
-    """The figures of one suite (or of several that are averaged); needs at least one trial."""
+def summarise_suite(label: str, trials: Sequence[Trial], by_keywords: Sequence[Trial] = ()) -> SuiteSummary:
+    """The figures of one suite (or of several that are averaged); needs at least one trial.
+
+    Args:
+        by_keywords: the same trials without a person's verdicts, where there are any.
+    """
     n, successes = len(trials), sum(trial.success for trial in trials)
-    judged = [trial for trial in trials if trial.plan_credit is not None]
+    judged = [trial for trial in trials if _judged(trial)]
+    plain = by_keywords or trials
     stages: Counter[str] = Counter()
     for trial in trials:
         stages.update({name: int(reached) for name, reached in trial.flags.items()})
@@ -124,6 +136,14 @@ def summarise_suite(label: str, trials: Sequence[Trial]) -> SuiteSummary:
         mean_non_planning_score=sum(trial.non_planning_score for trial in trials) / n,
         plans_right=sum(bool(trial.plan_credit) for trial in judged),
         plans_judged=len(judged),
+        plans_right_by_keywords=sum(bool(trial.plan_credit) for trial in plain if _judged(trial)),
+        mean_score_by_keywords=sum(trial.score for trial in plain) / n,
+        plan_and_success=dict(
+            Counter(
+                f"{'right' if trial.plan_credit else 'wrong'}_{'success' if trial.success else 'failure'}"
+                for trial in judged
+            )
+        ),
         failures=dict(Counter(trial.failure for trial in trials if trial.failure is not None).most_common()),
         stages=dict(stages),
         verified_without_success=sum(trial.verified and not trial.success for trial in trials),
@@ -133,16 +153,27 @@ def summarise_suite(label: str, trials: Sequence[Trial]) -> SuiteSummary:
     )
 
 
-def summarise(trials: Sequence[Trial], server: Mapping[str, Any], overrides: int = 0) -> Summary:
-    """The figures of one folder; suites in the order of the paper, the languages also averaged (4.2)."""
-    suites = {
-        name: summarise_suite(suite.label, [trial for trial in trials if trial.suite == name])
-        for name, suite in SUITES.items()
-        if any(trial.suite == name for trial in trials)
-    }
+def _judged(trial: Trial) -> bool:
+    return trial.planning and trial.plan_credit is not None
+
+
+def summarise(
+    trials: Sequence[Trial], server: Mapping[str, Any], overrides: int = 0, by_keywords: Sequence[Trial] = ()
+) -> Summary:
+    """The figures of one folder; suites in the order of the paper, the languages also averaged (4.2).
+
+    Args:
+        by_keywords: the same trials without a person's verdicts, where there are any.
+    """
+
+    def of(label: str, *names: str) -> SuiteSummary:
+        mine, plain = ([trial for trial in some if trial.suite in names] for some in (trials, by_keywords))
+        return summarise_suite(label, mine, plain)
+
+    present = {trial.suite for trial in trials}
+    suites = {name: of(suite.label, name) for name, suite in SUITES.items() if name in present}
     if sum(name in suites for name in LANGUAGES) > 1:
-        together = [trial for trial in trials if trial.suite in LANGUAGES]
-        suites[LANGUAGE_GROUP] = summarise_suite("Pick Up - T", together)
+        suites[LANGUAGE_GROUP] = of("Pick Up - T", *LANGUAGES)
 
     def only(name: str) -> str:
         return ", ".join(sorted({str(getattr(trial, name)) for trial in trials}))
@@ -169,13 +200,23 @@ def summarise(trials: Sequence[Trial], server: Mapping[str, Any], overrides: int
 
 
 def write_summary(folder: Path, server: Mapping[str, Any]) -> tuple[Summary, list[Trial]]:
-    """Reads the folder's trials and overrides and writes ``summary.json``; returns what it wrote and the trials.
+    """Writes what :func:`read_summary` gives to ``summary.json`` and returns it.
+
+    Raises:
+        RecordingError: damaged files.
+    """
+    summary, trials = read_summary(folder, server)
+    write_json_atomic(folder / SUMMARY, summary)
+    return summary, trials
+
+
+def read_summary(folder: Path, server: Mapping[str, Any]) -> tuple[Summary, list[Trial]]:
+    """The figures of a folder's trials with its overrides, and those trials; writes nothing.
 
     Raises:
         RecordingError: damaged files.
     """
     overrides = read_overrides(folder)
-    trials = overridden(read_trials(folder), overrides)
-    summary = summarise(trials, server, len(overrides))
-    write_json_atomic(folder / SUMMARY, summary)
-    return summary, trials
+    measured = read_trials(folder)
+    trials = overridden(measured, overrides)
+    return summarise(trials, server, len(overrides), measured), trials

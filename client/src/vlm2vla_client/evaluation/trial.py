@@ -220,7 +220,7 @@ def cycle_seconds(events: Sequence[Mapping[str, Any]]) -> tuple[list[float], int
         if event["event"] == "request" and event.get("stage") == "cycle":
             asked_s = float(event["t_s"])
         elif asked_s is not None and event["event"] == "answer":
-            seconds.append(round(float(event["t_s"]) - asked_s, 4))  # wall time: the twin's clock stands still meanwhile
+            seconds.append(round(float(event["t_s"]) - asked_s, 4))  # wall time: a trial's own clock stands still
             retried += _sampled_again(event.get("answer"))
             asked_s = None
         elif asked_s is not None and event["event"] == "error" and event.get("where") == "cycle":
