@@ -56,7 +56,8 @@ def measure(arguments: argparse.Namespace, connection: ServerConnection, folder:
         for way in sorted(ways, reverse=bool(number % 2)):
             seed = arguments.seed + number * arguments.trials
             options = EvalOptions(
-                suites=suites_of(arguments.suite), trials=arguments.trials, seed=seed, out=folder / f"{way}-{number}", verifiers=(arguments.verifier,), parallel=ways[way],
+                suites_of(arguments.suite), arguments.trials, seed, folder / f"{way}-{number}",
+                verifiers=(arguments.verifier,), parallel=ways[way],
             )  # fmt: skip
             used_s = time.process_time()
             took_s, found = block(options, connection)

@@ -260,7 +260,7 @@ def test_a_failure_is_named_by_the_first_missing_stage(flags: dict[str, bool], o
 
 
 def test_cycles_are_timed_with_their_failures_and_retries() -> None:
-    answered = {"event": "answer", "t_s": 3.0, "seconds": 2.0}
+    answered = {"event": "answer", "t_s": 3.0, "seconds": 0.0}  # a trial's own clock stands still meanwhile
     events = [
         {"event": "request", "stage": "subtasks", "t_s": 0.0},
         {"event": "request", "stage": "cycle", "t_s": 1.0},
@@ -268,7 +268,7 @@ def test_cycles_are_timed_with_their_failures_and_retries() -> None:
         {"event": "request", "stage": "cycle", "t_s": 4.0},
         {"event": "error", "where": "cycle", "t_s": 4.5},
         {"event": "request", "stage": "cycle", "t_s": 5.0},
-        {**answered, "answer": {"stages": {"motion_plan": {"attempts": 1}, "actions": {"attempts": 3}}}},
+        {**answered, "t_s": 7.0, "answer": {"stages": {"motion_plan": {"attempts": 1}, "actions": {"attempts": 3}}}},
     ]
     assert cycle_seconds(events) == ([2.0, 0.5, 2.0], 2)
 

@@ -135,7 +135,7 @@ def test_the_words_are_in_view(card: SceneChoice) -> None:
 
 
 def test_the_monitor_notices_what_must_not_be(card: SceneChoice) -> None:
-    bench = opened(card)
+    bench = SimBench.open(card, {}, realtime=False, simulated=True)
     try:
         at, down = bench.world.ee_pose().position_m, bench.world.ee_pose().rotation
         bad: list[tuple[list[float], float, str]] = [

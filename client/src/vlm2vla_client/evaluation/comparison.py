@@ -44,8 +44,9 @@ def write_comparison(path: Path, runs: Sequence[Run], starts: Mapping[str, tuple
     """
     suites = {run.label: run.summary.suites for run in runs}
     plans = {label: found for label, found in suites.items() if any(suite.plans_judged for suite in found.values())}
+    count = sum(name in SUITES for name in _names(runs))
     parts = [
-        f"<h1>{len(runs)} polic{'y' if len(runs) == 1 else 'ies'} on {len(_names(runs))} suites</h1>",
+        f"<h1>{_number(len(runs), 'policy', 'policies')} on {_number(count, 'suite', 'suites')}</h1>",
         _tasks(starts),
         "<h2>Success</h2>",
         page.figure(
@@ -94,6 +95,10 @@ def unpaired_differences(first: Sequence[Trial], other: Sequence[Trial]) -> dict
 # --- parts of the page ------------------------------------------------------------------------------------------------
 
 
+def _number(count: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}"
+
+
 def _names(runs: Sequence[Run]) -> list[str]:
     return list(dict.fromkeys(name for run in runs for name in run.summary.suites))
 
@@ -126,7 +131,7 @@ def _by_suite(
         found = [run.summary.suites.get(name) for run in runs]
         rows.append([_label(runs, name), *("-" if suite is None else cell(suite) for suite in found)])
     heads = [f"{run.label} ({more(run)})" if more(run) else run.label for run in runs]
-    return page.table(["suite", *heads], rows)
+    return page.table(["suite", *heads], rows, words=True)
 
 
 def _success_cell(suite: SuiteSummary) -> str:
@@ -163,7 +168,7 @@ def _stages(runs: Sequence[Run]) -> str:
             stages = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in suite.stages.items())
             kinds = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in suite.failures.items())
             rows.append([run.label, suite.label, str(suite.trials), stages, kinds or "none"])
-    table = page.table(["policy", "suite", "trials", "stages reached", "failures"], rows)
+    table = page.table(["policy", "suite", "trials", "stages reached", "failures"], rows, words=True)
     return f"<details><summary>Stages and failures in numbers</summary>{table}</details>"
 
 

@@ -22,14 +22,15 @@ def page(path: Path, title: str, parts: Iterable[str]) -> Path:
 
 def figure(url: str, caption: str) -> str:
     """A picture, given as a ``data:`` URL, with its caption."""
-    return f'<figure class="card"><img style="background:#fff" alt="{text(caption)}" src="{url}">' \
-           f"<figcaption>{text(caption)}</figcaption></figure>"  # fmt: skip
+    shown = f'<img style="background:#fff;width:auto;max-width:100%" alt="{text(caption)}" src="{url}">'
+    return f'<figure class="card">{shown}<figcaption>{text(caption)}</figcaption></figure>'
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of plain texts."""
-    lines = "".join("<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    names = "".join(f"<th>{text(name)}</th>" for name in head)
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, words: bool = False) -> str:
+    """A table of plain texts; numbers stand to the right, ``words`` to the left."""
+    style = ' style="text-align:left"' if words else ""
+    lines = "".join("<tr>" + "".join(f"<td{style}>{text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    names = "".join(f"<th{style}>{text(name)}</th>" for name in head)
     return f'<div style="overflow-x:auto"><table><tr>{names}</tr>{lines}</table></div>'
 
 

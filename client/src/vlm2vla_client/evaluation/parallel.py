@@ -16,7 +16,7 @@ from vlm2vla_client.policies.base import Asked, CycleEvent, Policy, PolicyInfo, 
 from vlm2vla_schema.types import Frame
 
 STOP_WAIT_S = 20.0
-"""How long trials that must stop are waited for: the longest answer, and a little."""
+"""How long trials that must stop are waited for; they end at the next word of their answer."""
 
 Key = tuple[str, int]
 """Suite and seed."""

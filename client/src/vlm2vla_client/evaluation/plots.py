@@ -54,7 +54,7 @@ def _grouped_bars(
         centres = [place + (index - (len(runs) - 1) / 2) * width for place in places]
         rates = [100 * count / total for count, total in counts]
         down, up = _whiskers(counts)
-        axes.bar(centres, rates, width * 0.9, color=SERIES[index % len(SERIES)], label=label, zorder=2)
+        axes.bar(centres, rates, width * 0.9, color=SERIES[index % len(SERIES)], label=_plain(label), zorder=2)
         axes.errorbar(centres, rates, yerr=[down, up], fmt="none", ecolor=INK, elinewidth=1, capsize=3, zorder=3)
         for centre, rate, top, (count, total) in zip(centres, rates, up, counts, strict=True):
             axes.text(centre, rate + top + 2, f"{count}/{total}", ha="center", fontsize=8 if width > 0.2 else 6,
@@ -82,6 +82,11 @@ def _label(runs: Mapping[str, Mapping[str, SuiteSummary]], name: str) -> str:
     return next(suites[name].label for suites in runs.values() if name in suites)
 
 
+def _plain(label: str) -> str:
+    """A policy's name as it stands: nothing unprintable, and no formula between dollar signs."""
+    return "".join(letter if letter.isprintable() else " " for letter in label).replace("$", r"\$")
+
+
 def _broken(label: str) -> str:
     return label.replace(" - ", "\n- ").replace(", ", ",\n").replace(" and P", "\nand P")
 
@@ -95,7 +100,7 @@ SPLIT = {
 def split_bars(runs: Mapping[str, Mapping[str, SuiteSummary]]) -> str:
     """Planning against execution: how many trials had a right plan, how many of those ended in success."""
     lines = [
-        (f"{suite.label}, {label}", suite)
+        (f"{suite.label}, {_plain(label)}", suite)
         for name in dict.fromkeys(name for suites in runs.values() for name in suites)
         for label, suites in runs.items()
         if (suite := suites.get(name)) is not None and suite.plans_judged
@@ -125,7 +130,7 @@ def latency_boxes(seconds: Mapping[str, Sequence[float]]) -> str:
         box.set_facecolor(SERIES[index % len(SERIES)])
     for line in drawn["medians"]:
         line.set_color("white")
-    axes.set_yticks(range(1, len(seconds) + 1), list(seconds))
+    axes.set_yticks(range(1, len(seconds) + 1), [_plain(label) for label in seconds])
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlabel("one inference cycle [s]")

@@ -67,11 +67,13 @@ class SheetPlan:
     """A whole sheet, before anything was tried.
 
     Attributes:
+        policies: in the order of the report, whose first one the others are compared with.
         labels: blind label -> policy; written into a file of its own.
         reactive: policies that write no plan, scored by the other rubric of D.1.
     """
 
     suites: tuple[str, ...]
+    policies: tuple[str, ...]
     seed: int
     mode: Literal["varied", "paper"]
     labels: Mapping[str, str]
@@ -113,7 +115,7 @@ def plan_sheet(
             for label in draw.sample(list(labels), len(labels)):
                 task = SUITES[suite].instruction(start)
                 lines.append(Planned(len(lines) + 1, block, suite, task, start, label, keys))
-    return SheetPlan(tuple(suites), seed, mode, labels, frozenset(reactive), tuple(lines))
+    return SheetPlan(tuple(suites), tuple(policies), seed, mode, labels, frozenset(reactive), tuple(lines))
 
 
 def write_plan(folder: Path, plan: SheetPlan) -> None:
@@ -131,7 +133,8 @@ def write_plan(folder: Path, plan: SheetPlan) -> None:
     facts = {"format": FORMAT, "suites": plan.suites, "seed": plan.seed, "mode": plan.mode}
     write_json_atomic(folder / PLAN, {**facts, "lines": [asdict(line) for line in plan.lines]})
     who = {
-        label: {"policy": policy, "planning": policy not in plan.reactive} for label, policy in plan.labels.items()
+        label: {"policy": policy, "planning": policy not in plan.reactive}
+        for label, policy in sorted(plan.labels.items(), key=lambda item: plan.policies.index(item[1]))
     }
     write_json_atomic(folder / KEY, {"format": FORMAT, "seed": plan.seed, "labels": who})
     _write_csv(folder / SHEET, plan.lines)

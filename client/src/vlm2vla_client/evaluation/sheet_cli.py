@@ -24,6 +24,7 @@ from vlm2vla_client.recorder import write_json_atomic
 from vlm2vla_twin.tasks import SUITES
 
 DRAWN = (320, 240)
+SHOWN_PROBLEMS = 50
 
 
 def sheet(argv: Sequence[str]) -> int:
@@ -39,7 +40,7 @@ def sheet(argv: Sequence[str]) -> int:
         "--trials", type=trials_of, default=PAPER_TRIALS, metavar="N", help="of each policy and task, or 'paper' (30)"
     )
     parser.add_argument("--seed", type=int, default=1_000_000, metavar="S", help="of starts and order")
-    parser.add_argument("--mode", choices=("varied", "paper"), default="paper", help="paper (default): only what D.1 varies")
+    parser.add_argument("--mode", choices=("varied", "paper"), default="paper", help="paper: what D.1 varies (default)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     given = parser.parse_args(argv)
     reactive = [name.strip() for name in given.reactive.split(",") if name.strip()]
@@ -116,8 +117,10 @@ def sheet_report(argv: Sequence[str]) -> int:
     try:
         filled = read_sheet(given.folder, key=given.key, sheet=given.sheet, partial=given.partial)
     except SheetError as error:
-        for problem in error.problems:
+        for problem in error.problems[:SHOWN_PROBLEMS]:
             print(printable(problem), file=sys.stderr)
+        if len(error.problems) > SHOWN_PROBLEMS:
+            print(f"and {len(error.problems) - SHOWN_PROBLEMS} more", file=sys.stderr)
         raise
     runs = [_run(policy) for policy in filled if policy.trials]
     if not runs:

@@ -42,11 +42,11 @@ def _legend(suites: Sequence[str]) -> str:
              "yes / no" if SUITES[name].plan_counts else "leave empty"] for name in suites]  # fmt: skip
     return (
         "<h2>Scoring keys</h2>"
-        + page.table(["task", "score", "reached: every letter that was seen, or -", "plan"], rows)
+        + page.table(["task", "score", "reached: every letter that was seen, or -", "plan"], rows, words=True)
         + page.note(
             "Lifted: 5 cm, held for a second. Placed: at rest on or in the target and released, for a second. Plan: "
-            "did the policy's words name the things that the task is about (D.3)? Fault, where something else ended the "
-            f"trial: {', '.join(FAULTS)}. At most 12 cycles a trial."
+            "did the policy's words name the things that the task is about (D.3)? Fault, where something else ended "
+            f"the trial: {', '.join(FAULTS)}. At most 12 cycles a trial."
         )
     )
 

@@ -24,6 +24,9 @@ from vlm2vla_twin.physics import World
 from vlm2vla_twin.tasks import SUITES
 
 PolicyMaker = Callable[[SimRequest, World], Policy]
+ANSWER_LIMIT_S = 120.0
+"""Trials stand still while the policy thinks: a slow or crowded computer must not end its answers at an arm's 15 s
+(the paper's slowest cycle took 48.8 s). How long they took stands in ``cycle_seconds``."""
 _KEPT = ("request", "answer", "error", "verdict", "decision", "chunk")
 # The policy's own fault: it counts as a failed trial. Any other server error says nothing about the policy.
 _POLICY_FAULTS = ("AnswerUnusableError",)
@@ -107,6 +110,7 @@ def run_trial(
         max_cycles=options.max_cycles,
         max_cycles_per_subtask=0,
         animate=False,
+        limits={"max_answer_age_s": ANSWER_LIMIT_S},
     )
     tape: EventTape | FullTape = EventTape()
     if options.record:

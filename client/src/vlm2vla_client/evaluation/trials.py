@@ -33,8 +33,8 @@ class Trial:
         outcome, message: how the episode ended, as the loop says it.
         cycle_seconds: wall time of each inference cycle (plan and rows, D.6), failed answers included.
         retried_cycles: cycles in which the server sampled more than once, or gave no usable answer.
-        refusals: rows that the safety filter refused, by reason. ``stale_frame`` and ``stale_answer`` in the twin
-            mean that this computer, not the policy, was too slow.
+        refusals: rows that the safety filter refused, by reason. ``stale_frame`` and ``stale_answer`` are of older
+            files: a trial's clock counts simulated time only.
         chunks: how the chunks ended, by outcome.
         retries: how often the whole trial was started again after a fault of server, arm or camera.
     """
