@@ -25,11 +25,15 @@ class Watch:
     Args:
         policy: asked ``alive`` every 0.2 s.
         camera: when given, must have a frame at most 0.5 s old; leave out where a picture is made on demand.
+        silence_limit_s: how long the policy may be silent while the arm moves.
     """
 
-    def __init__(self, policy: Policy, camera: Camera | None = None) -> None:
+    def __init__(
+        self, policy: Policy, camera: Camera | None = None, *, silence_limit_s: float = LIVENESS_LIMIT_S
+    ) -> None:
         self._policy = policy
         self._camera = camera
+        self._silence_limit_s = silence_limit_s
         self._alive_s = time.monotonic()
         self._active = False
         self._camera_error: CameraError | None = None
@@ -46,7 +50,7 @@ class Watch:
         if not self._active:
             return None
         silent_s = time.monotonic() - self._alive_s
-        if silent_s > LIVENESS_LIMIT_S:
+        if silent_s > self._silence_limit_s:
             self._error = ServerUnreachableError(
                 f"no sign of life from the policy for {silent_s:.1f} s while the arm moved", code="liveness"
             )

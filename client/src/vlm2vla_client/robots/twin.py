@@ -38,14 +38,14 @@ class TwinClock:
     def __init__(self, world: World, *, realtime: bool = False, simulated: bool = False) -> None:
         self._world = world
         self._realtime = realtime
-        self._simulated = simulated
+        self.simulated = simulated
         self._shift_s = 0.0
         self.on_advance: list[Callable[[], None]] = []
         self.drivers: list[Callable[[float], None]] = []
 
     def now_s(self) -> float:
         """Wall time plus simulated time, or simulated time alone, seconds."""
-        return self._world.time_s if self._simulated else time.monotonic() + self._shift_s
+        return self._world.time_s if self.simulated else time.monotonic() + self._shift_s
 
     def sleep_s(self, duration_s: float) -> None:
         """Advance the physics by ``duration_s`` (rounded to its 2 ms step, at least one); nothing for zero or less."""
