@@ -198,7 +198,7 @@ def _differences(runs: Sequence[Run]) -> list[str]:
             "On the starts that both ran: Newcombe's interval for paired rates, McNemar's exact test. Where none is "
             "shared: Newcombe's interval for two rates, Barnard's exact test. Two-sided; not corrected for how many."
         ),
-        page.table(head, rows) if rows else page.note("No two runs share a suite."),
+        page.table(head, rows, words=True) if rows else page.note("No two runs share a suite."),
     ]
 
 

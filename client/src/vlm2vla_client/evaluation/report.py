@@ -113,7 +113,7 @@ def _trial_table(trials: Sequence[Trial]) -> str:
             "success" if trial.success else (trial.failure or "").replace("_", " "), trial.outcome, str(trial.cycles),
             f"{trial.seconds:.1f}", " · ".join(trial.subtasks)[:300],
         ]
-        for trial in trials
+        for trial in sorted(trials, key=lambda trial: trial.key)  # trials at once end in any order
     ]  # fmt: skip
     head = ["suite", "seed", "task", "score", "physics", "loop", "cycles", "seconds", "subtasks"]
     return f"<details><summary>{len(trials)} trials</summary>{page.table(head, rows)}</details>"

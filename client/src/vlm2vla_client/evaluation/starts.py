@@ -32,9 +32,9 @@ def as_url(jpeg: bytes) -> str:
 
 
 def starts_of(trials: Iterable[Trial]) -> dict[str, tuple[str, str]]:
-    """For each suite the start of its first trial in the twin, as a ``data:`` URL, and a caption."""
+    """For each suite the start of its lowest seed in the twin, as a ``data:`` URL, and a caption."""
     first: dict[str, Trial] = {}
-    for trial in trials:
+    for trial in sorted(trials, key=lambda trial: trial.seed):
         first.setdefault(trial.suite, trial)
     return {
         name: (
