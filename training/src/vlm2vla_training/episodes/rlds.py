@@ -134,7 +134,10 @@ class RldsSource:
         name = "steps/language_instruction"
         if name not in example or not metadata.get("has_language", 1):
             return ""
-        found = Counter(text.decode("utf-8", "replace").strip() for text in example.bytes_list(name))
+        texts = example.bytes_list(name)
+        if texts and texts.count(texts[0]) == len(texts):
+            return texts[0].decode("utf-8", "replace").strip()
+        found = Counter(text.decode("utf-8", "replace").strip() for text in texts)
         if len(found) > 1:
             self.report.traps["instruction_varies"] += 1
         return next((text for text, _ in found.most_common() if text), "")

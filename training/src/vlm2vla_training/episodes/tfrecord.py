@@ -67,8 +67,8 @@ def read_records(path: Path, damaged: Callable[[Damage], None]) -> Iterator[Reco
                 damaged(Damage(str(path), number, offset, f"{trouble}; the rest of the file ({size - offset} bytes)"))
                 return
             length = _HEADER.unpack(header)[0]
-            data, footer = file.read(length), file.read(_FOOTER.size)
-            if _FOOTER.unpack(footer)[0] == masked_crc(data):
+            data = file.read(length)
+            if _FOOTER.unpack(file.read(_FOOTER.size))[0] == masked_crc(data):
                 yield Record(number, offset, data)
             else:
                 end = offset + _HEADER.size + length + _FOOTER.size
