@@ -37,7 +37,7 @@ def read_price(path: Path, model: str) -> Price:
     try:
         table = _TABLE.validate_python(tomllib.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, ValidationError) as error:
-        raise UsageError(f'{path} is not a price table ([\"{model}\"], input_usd, output_usd): {error}') from error
+        raise UsageError(f'{path} is not a price table (["{model}"], input_usd, output_usd): {error}') from error
     if model not in table:
         raise UsageError(f"{path} has no price for {model}; it has {', '.join(sorted(table)) or 'none'}")
     return table[model]

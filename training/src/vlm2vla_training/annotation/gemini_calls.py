@@ -127,9 +127,7 @@ class GeminiCalls:
         )
         return retrying(self._once, question, repair, turn, prompt_tokens)
 
-    def _once(
-        self, question: Question, repair: tuple[str, str] | None, turn: int, prompt_tokens: int
-    ) -> GeminiAnswer:
+    def _once(self, question: Question, repair: tuple[str, str] | None, turn: int, prompt_tokens: int) -> GeminiAnswer:
         bound_usd = dollars(prompt_tokens, self._settings.max_output_tokens, self._price)
         self._budget.reserve(bound_usd)
         usd = 0.0

@@ -1,7 +1,8 @@
 """The episode dataset on disk: Parquet parts with one row a step, and episodes.parquet with one row an episode.
 
 A part holds one row group an episode, so reading streams one episode at a time. Per-episode facts lie in the part's
-own metadata as well, hence episodes.parquet can be rebuilt after a crash and a run resumes behind the last whole part.
+own metadata as well, hence episodes.parquet, written at the end, can be rebuilt after a crash, and a run resumes behind
+the last whole part.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class EpisodeWriter:
         for leftover in folder.glob("*.partial"):
             leftover.unlink()
         self._facts = _facts_of_parts(folder)
+        self._number = len(list(folder.glob("part-*.parquet")))
         self.done: set[str] = {fact["episode_key"] for fact in self._facts}
 
     def write(self, episode: Episode) -> None:
@@ -66,11 +68,10 @@ class EpisodeWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is queued as one part and bring episodes.parquet up to date."""
+        """Write what is queued as one part."""
         if not self._pending:
             return
-        number = len(list(self._folder.glob("part-*.parquet")))
-        path = self._folder / f"part-{number:05d}.parquet"
+        path = self._folder / f"part-{self._number:05d}.parquet"
         facts = [_fact(episode, path.name) for episode in self._pending]
         schema = _STEP_SCHEMA.with_metadata({_FACTS_KEY: json.dumps(facts).encode()})
         partial = path.with_name(path.name + ".partial")
@@ -79,9 +80,9 @@ class EpisodeWriter:
             for episode in self._pending:
                 writer.write_table(_step_table(episode, schema), row_group_size=max(1, len(episode)))
         os.replace(partial, path)
+        self._number += 1
         self._facts += facts
         self._pending = []
-        _write_episodes_file(self._folder, self._facts)
 
     def close(self) -> None:
         """Write what is queued; the dataset is complete afterwards, even when nothing was added."""
@@ -157,8 +158,8 @@ def _step_table(episode: Episode, schema: pa.Schema) -> pa.Table:
         "episode_key": [episode.key] * steps,
         "step": list(range(episode.first_step, episode.first_step + steps)),
         "image": episode.images,
-        "action": [[float(value) for value in row] for row in episode.actions],
-        "state": [[float(value) for value in row] for row in episode.states],
+        "action": pa.FixedSizeListArray.from_arrays(pa.array(episode.actions.ravel()), 7),
+        "state": pa.FixedSizeListArray.from_arrays(pa.array(episode.states.ravel()), 7),
         "instruction": [episode.instruction] * steps,
         "source": [episode.source] * steps,
     }

@@ -193,5 +193,3 @@ def _metadata(example: Example) -> dict[str, Any]:
                 numbers = example.integers(name)
                 values[short] = numbers[0] if numbers else 0
     return values
-
-

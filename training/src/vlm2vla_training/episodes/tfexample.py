@@ -23,7 +23,9 @@ _KIND_OF_TAG = {bytes([kind << 3 | _BYTES]): kind for kind in _KIND_NAMES}
 # An entry as every writer known writes it, up to its first value: its length, name, feature's length, kind, list's
 # length. Anything else is read field by field.
 _NUMBER = rb"([\x80-\xff]{0,4}[\x00-\x7f])"
-_ENTRY = re.compile(rb"\n" + _NUMBER + rb"\n([\x00-\x7f])([ -~]*)\x12[\x80-\xff]{0,4}[\x00-\x7f]" + rb"([\n\x12\x1a])" + _NUMBER)
+_ENTRY = re.compile(
+    rb"\n" + _NUMBER + rb"\n([\x00-\x7f])([ -~]*)\x12[\x80-\xff]{0,4}[\x00-\x7f]" + rb"([\n\x12\x1a])" + _NUMBER
+)
 
 _Place = tuple[int, int, int]  # kind, and where the list begins and ends
 
