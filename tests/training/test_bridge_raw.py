@@ -55,7 +55,7 @@ def test_plain_data_is_read_in_every_protocol(tmp_path: Path, protocol: int) -> 
 MALICIOUS = {
     "a command": b"cos\nsystem\n(S'touch PWNED'\ntR.",
     "a command, newer form": b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x0btouch PWNED\x85R.",
-    "built-in execution": b'c__builtin__\nexec\n(S\'open("PWNED","w")\'\ntR.',
+    "built-in execution": b"c__builtin__\nexec\n(S'open(\"PWNED\",\"w\")'\ntR.",
     "a loader inside numpy": b"cnumpy\nload\n(S'x'\ntR.",
     "another class": b"\x80\x04\x8c\x07pathlib\x8c\x04Path\x93)\x81.",
     "an instance": b"(icollections\nCounter\n.",

@@ -151,6 +151,9 @@ def _add_annotate(commands: Commands[argparse.ArgumentParser]) -> None:
     gemini.add_argument("--requests-per-minute", type=int, default=150, help="limit of your account")
     gemini.add_argument("--tokens-per-minute", type=int, default=1_000_000, help="limit of your account, prompts only")
     gemini.add_argument("--attempts", type=int, default=8, help="for one answer, when Google is busy")
+    gemini.add_argument("--batch", action="store_true", help="Google's Batch mode: half the price, up to a day")
+    gemini.add_argument("--batch-episodes", type=int, default=500, help="of one job")
+    gemini.add_argument("--poll-s", type=float, default=30.0, help="between two looks at the jobs of --batch")
     gemini.add_argument("--first-wait-s", type=float, default=2.0, help="longest wait before the second attempt")
 
 

@@ -163,7 +163,9 @@ def training_part(
     }
 
 
-def disk_part(dataset: EpisodeDataset, sample: Sample, total: int, size: ModelSize, preset: Preset) -> dict[str, float]:
+def disk_part(
+    dataset: EpisodeDataset, sample: Sample, total: int, size: ModelSize, preset: Preset
+) -> dict[str, float]:
     """Gigabytes (1e9 bytes) of every stage's files."""
     stored = sum(part.stat().st_size for part in dataset.parts) / dataset.count()
     width = 2 if preset.weights == "bfloat16" and preset.full else 4  # adapters are kept in float32

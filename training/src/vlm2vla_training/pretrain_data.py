@@ -401,7 +401,9 @@ def user_text(rng: np.random.Generator) -> str:
     return prompts.completion_prompt(subtask) if rng.random() < 0.5 else prompts.direction_prompt(subtask)
 
 
-def conversation(truth: Truth, rng: np.random.Generator, turns: int = 7, before: Truth | None = None) -> list[Pair]:
+def conversation(
+    truth: Truth, rng: np.random.Generator, turns: int = 7, before: Truth | None = None
+) -> list[Pair]:
     """``turns`` questions about one picture with their answers, in random order and of random kinds.
 
     With ``before``, an earlier picture, half of them are about what has changed since.

@@ -63,7 +63,9 @@ class Reading:
         return [finding for finding in found if finding.grave]
 
 
-def read_annotation(episode: Episode, answer: GeminiAnswer, version: str, embodiment: Embodiment = WIDOWX) -> Reading:
+def read_annotation(
+    episode: Episode, answer: GeminiAnswer, version: str, embodiment: Embodiment = WIDOWX
+) -> Reading:
     """Read an answer to the prompt of `version` about rows of `embodiment`. What is wrong becomes a finding."""
     if answer.outcome != "text":
         # A prompt that was refused stays the same when it is sent again; an answer that was stopped may come out else.

@@ -282,7 +282,9 @@ class _Builder:
             return self._drop("completion", step.first, "no later frame shows the step done")
         prompt = prompts.completion_prompt(step.step_description)
         pairs = [(end, self._completed(index))]
-        others = [other.first for j, other in enumerate(self.steps) if j not in (index, index + 1) and not other.cut]
+        others = [
+            other.first for j, other in enumerate(self.steps) if j not in (index, index + 1) and not other.cut
+        ]
         if others:
             pairs.append((int(self.random.choice(others)), False))
         for after, done in pairs:

@@ -1,9 +1,9 @@
 """Episodes as a LeRobot dataset, version 3; files only, lerobot itself is not needed.
 
-data/chunk-CCC/file-FFF.parquet           one row a frame, one row group an episode, JPEG or PNG bytes as logged
-meta/episodes/chunk-CCC/file-FFF.parquet  one row an episode of the data file with the same numbers
-meta/tasks.parquet, stats.json, info.json
-meta/info.json is written last, so what it counts is there. Layout after lerobot 0.4.4 and 0.6.1.
+    data/chunk-CCC/file-FFF.parquet           one row a frame, one row group an episode, JPEG or PNG bytes as logged
+    meta/episodes/chunk-CCC/file-FFF.parquet  one row an episode of the data file with the same numbers
+    meta/tasks.parquet, stats.json, info.json
+    meta/info.json is written last, so what it counts is there. Layout after lerobot 0.4.4 and 0.6.1.
 """
 
 from __future__ import annotations
