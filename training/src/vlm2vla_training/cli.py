@@ -14,7 +14,8 @@ from vlm2vla_training.errors import MissingExtraError, NotBuiltError, UsageError
 
 # Optional module -> the extra that brings it.
 _EXTRAS = {"mujoco": "sim", "torch": "train", "transformers": "train", "trl": "train", "peft": "train",
-           "matplotlib": "train", "google": "gemini", "pyrate_limiter": "gemini", "tenacity": "gemini"}  # fmt: skip
+           "matplotlib": "train", "google": "gemini", "pyrate_limiter": "gemini", "tenacity": "gemini",
+           "ray": "ray"}  # fmt: skip
 # Those of sft.py, which needs torch to be imported; a test compares.
 _PRESETS = ("twin", "paper", "servable", "at", "nr", "qwen", "full_finetune", "qlora")
 _SCOPES = ("language_model", "paper", "all_linear")
@@ -125,6 +126,8 @@ def _add_ingest(commands: Commands[argparse.ArgumentParser]) -> None:
         "--actions", choices=("commanded", "reached"), default="commanded", help="as logged, or what the poses show"
     )
     command.add_argument("--camera", default=None, help="fixed camera in the source; default image_0 or its like")
+    command.add_argument("--workers", type=int, default=1, help="rlds: processes on this machine")
+    command.add_argument("--ray", metavar="ADDRESS", help="rlds: spread over a Ray cluster that shares both folders")
 
 
 def _add_annotate(commands: Commands[argparse.ArgumentParser]) -> None:

@@ -59,6 +59,15 @@ class IntakeReport:
         if len(self.named) < _NAMED:
             self.named.append({"episode_key": key, "reason": reason, **({"detail": detail} if detail else {})})
 
+    def add(self, other: IntakeReport) -> None:
+        """Take in what another report counted behind this one."""
+        self.records += other.records
+        self.left_out.update(other.left_out)
+        self.traps.update(other.traps)
+        self.named += other.named[: _NAMED - len(self.named)]
+        self.damage += other.damage
+        self._gaps_mm += other._gaps_mm
+
     def gap(self, actions: NDArray[np.float64], states: NDArray[np.float64]) -> None:
         """Note how far the commanded motion of one episode lies from the reached one."""
         if len(actions) > 1:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,6 +33,7 @@ _STEP_SCHEMA = pa.schema(
         ("source", pa.string()),
     ]
 )
+EPISODES_A_PART = 16
 _FACTS_KEY = b"vlm2vla_episodes"
 _EPISODES_FILE = "episodes.parquet"
 
@@ -40,7 +41,7 @@ _EPISODES_FILE = "episodes.parquet"
 class EpisodeWriter:
     """Append episodes to a dataset folder; each part appears whole or not at all."""
 
-    def __init__(self, folder: Path, episodes_per_part: int = 16) -> None:
+    def __init__(self, folder: Path, episodes_per_part: int = EPISODES_A_PART) -> None:
         """Open or create the dataset; `done` holds the keys that are already there."""
         self._folder = folder
         self._per_part = episodes_per_part
@@ -48,8 +49,12 @@ class EpisodeWriter:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob("*.partial"):
             leftover.unlink()
-        self._facts = _facts_of_parts(folder)
-        self._number = len(list(folder.glob("part-*.parquet")))
+        self.read_again()
+
+    def read_again(self) -> None:
+        """Learn which parts are there; others may have written some."""
+        self._facts = _facts_of_parts(self._folder)
+        self._number = len(list(self._folder.glob("part-*.parquet")))
         self.done: set[str] = {fact["episode_key"] for fact in self._facts}
 
     def write(self, episode: Episode) -> None:
@@ -71,17 +76,8 @@ class EpisodeWriter:
         """Write what is queued as one part."""
         if not self._pending:
             return
-        path = self._folder / f"part-{self._number:05d}.parquet"
-        facts = [_fact(episode, path.name) for episode in self._pending]
-        schema = _STEP_SCHEMA.with_metadata({_FACTS_KEY: json.dumps(facts).encode()})
-        partial = path.with_name(path.name + ".partial")
-        # Image bytes do not compress further.
-        with pq.ParquetWriter(partial, schema, compression="none") as writer:
-            for episode in self._pending:
-                writer.write_table(_step_table(episode, schema), row_group_size=max(1, len(episode)))
-        os.replace(partial, path)
+        self._facts += write_part(self._folder, self._number, self._pending)
         self._number += 1
-        self._facts += facts
         self._pending = []
 
     def close(self) -> None:
@@ -138,6 +134,31 @@ class EpisodeDataset:
                 for group, fact in enumerate(_facts_of(file, part)):
                     if fact["episode_key"] not in skip:
                         yield _read_group(file, group, fact, images)
+
+
+def write_part(folder: Path, number: int, episodes: Sequence[Episode]) -> list[dict[str, Any]]:
+    """Write one part, whole or not at all; return what its metadata says of each episode."""
+    path = part_path(folder, number)
+    facts = [_fact(episode, path.name) for episode in episodes]
+    schema = _STEP_SCHEMA.with_metadata({_FACTS_KEY: json.dumps(facts).encode()})
+    partial = path.with_name(path.name + ".partial")
+    # Image bytes do not compress further.
+    with pq.ParquetWriter(partial, schema, compression="none") as writer:
+        for episode in episodes:
+            writer.write_table(_step_table(episode, schema), row_group_size=max(1, len(episode)))
+    os.replace(partial, path)
+    return facts
+
+
+def part_path(folder: Path, number: int) -> Path:
+    """Where a part lies."""
+    return folder / f"part-{number:05d}.parquet"
+
+
+def keys_of_part(path: Path) -> list[str]:
+    """Return the keys of the episodes in a part, in its order."""
+    with pq.ParquetFile(path) as file:
+        return [fact["episode_key"] for fact in _facts_of(file, path)]
 
 
 def _fact(episode: Episode, part: str) -> dict[str, Any]:
