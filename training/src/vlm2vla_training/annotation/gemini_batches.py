@@ -149,6 +149,8 @@ class BatchCalls:
                 raise
         else:
             self._journal.named(job, name, file)
+        finally:
+            self._requests_of(job.batch).unlink()
 
     def recover(self) -> None:
         """Learn what became of jobs that an earlier run was about to submit when it ended.
