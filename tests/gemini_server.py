@@ -1,4 +1,4 @@
-"""A server on a real socket that speaks generateContent of Google's REST API, good or bad, as a test says."""
+"""A server on a real socket that speaks Google's REST API, good or bad, as a test says: generateContent, Batch mode."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from gemini_batch_box import BatchBox
 
 GOOD_TEXT = '{"success": true, "confidence": "High", "reasoning": "The gripper holds it."}'
 
@@ -121,7 +123,18 @@ class GeminiServer:
     requests: list[Request] = field(default_factory=list)
     asked_for_models: list[str] = field(default_factory=list)
     token_requests: int = 0
+    box: BatchBox = field(init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        """Batch mode answers as generateContent does."""
+        self.box = BatchBox(self.arrived)
+
+    def arrived(self, path: str, headers: dict[str, str], body: dict[str, Any]) -> Reply:
+        """Note a request; the reply to it."""
+        request = Request(path, headers, one_spelling(body))
+        self.requests.append(request)
+        return self.next_reply(request)
 
     def next_reply(self, request: Request) -> Reply:
         """The reply to this request."""
@@ -158,14 +171,20 @@ class _Handler(BaseHTTPRequestHandler):
             gemini.token_requests += 1
             send(200, b'{"access_token": "short-lived", "expires_in": 3600, "token_type": "Bearer"}')(self)
             return
+        if gemini.box.post(self, self.path, data, gemini.url):
+            return
         assert self.path.endswith(":generateContent"), self.path
         headers = {name.lower(): value for name, value in self.headers.items()}
-        request = Request(self.path, headers, one_spelling(json.loads(data)))
-        gemini.requests.append(request)
-        gemini.next_reply(request)(self)
+        gemini.arrived(self.path, headers, json.loads(data))(self)
+
+    def do_DELETE(self) -> None:
+        """A file that is not needed any more."""
+        self.server.gemini.box.delete(self, self.path)
 
     def do_GET(self) -> None:
-        """A model's description."""
+        """A model's description, a job, a file."""
+        if self.server.gemini.box.get(self, self.path):
+            return
         self.server.gemini.asked_for_models.append(self.path)
         self.server.gemini.models(self)
 

@@ -35,7 +35,7 @@ def test_resume_after_a_crash_keeps_whole_parts_only(tmp_path: Path) -> None:
     writer = EpisodeWriter(tmp_path, episodes_per_part=1)
     writer.write(episode_of(PICK, "pick up the carrot", "fake/0"))
     (tmp_path / "part-00001.parquet.partial").write_bytes(b"torn")
-    (tmp_path / "episodes.parquet").unlink()
+    assert not (tmp_path / "episodes.parquet").exists(), "written once, at the end"
     again = EpisodeWriter(tmp_path)
     assert again.done == {"fake/0"}
     with pytest.raises(DataError, match="already"):

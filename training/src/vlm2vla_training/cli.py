@@ -14,7 +14,8 @@ from vlm2vla_training.errors import MissingExtraError, NotBuiltError, UsageError
 
 # Optional module -> the extra that brings it.
 _EXTRAS = {"mujoco": "sim", "torch": "train", "transformers": "train", "trl": "train", "peft": "train",
-           "matplotlib": "train", "google": "gemini", "pyrate_limiter": "gemini", "tenacity": "gemini"}  # fmt: skip
+           "matplotlib": "train", "google": "gemini", "pyrate_limiter": "gemini", "tenacity": "gemini",
+           "ray": "ray"}  # fmt: skip
 # Those of sft.py, which needs torch to be imported; a test compares.
 _PRESETS = ("twin", "paper", "servable", "at", "nr", "qwen", "full_finetune", "qlora")
 _SCOPES = ("language_model", "paper", "all_linear")
@@ -125,6 +126,8 @@ def _add_ingest(commands: Commands[argparse.ArgumentParser]) -> None:
         "--actions", choices=("commanded", "reached"), default="commanded", help="as logged, or what the poses show"
     )
     command.add_argument("--camera", default=None, help="fixed camera in the source; default image_0 or its like")
+    command.add_argument("--workers", type=int, default=1, help="rlds: processes on this machine")
+    command.add_argument("--ray", metavar="ADDRESS", help="rlds: spread over a Ray cluster that shares both folders")
 
 
 def _add_annotate(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -151,6 +154,9 @@ def _add_annotate(commands: Commands[argparse.ArgumentParser]) -> None:
     gemini.add_argument("--requests-per-minute", type=int, default=150, help="limit of your account")
     gemini.add_argument("--tokens-per-minute", type=int, default=1_000_000, help="limit of your account, prompts only")
     gemini.add_argument("--attempts", type=int, default=8, help="for one answer, when Google is busy")
+    gemini.add_argument("--batch", action="store_true", help="Google's Batch mode: half the price, up to a day")
+    gemini.add_argument("--batch-episodes", type=int, default=500, help="of one job")
+    gemini.add_argument("--poll-s", type=float, default=30.0, help="between two looks at the jobs of --batch")
     gemini.add_argument("--first-wait-s", type=float, default=2.0, help="longest wait before the second attempt")
 
 

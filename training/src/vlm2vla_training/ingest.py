@@ -17,6 +17,7 @@ from vlm2vla_training.episodes.parquet import EpisodeDataset, EpisodeWriter
 from vlm2vla_training.episodes.recordings import RecordingsSource
 from vlm2vla_training.episodes.rlds import RldsSource
 from vlm2vla_training.errors import DataError, UsageError
+from vlm2vla_training.ingest_spread import Spread, over_processes, over_ray, write_parts
 from vlm2vla_training.jsonio import read_json, write_json
 from vlm2vla_training.progress import finish, track
 
@@ -28,6 +29,7 @@ _PRINTED = 20
 def run_ingest(args: argparse.Namespace) -> int:
     """`ingest`: read, write, report what was left out and why."""
     started = time.monotonic()
+    spread = _spread(args)
     if args.format == "twin":
         return _pass_through(args.input, args.out, args.dry_run, started)
     source, report = _open(args)
@@ -38,8 +40,12 @@ def run_ingest(args: argparse.Namespace) -> int:
     _same_options(args)
     with EpisodeWriter(args.out) as writer:
         before = len(writer.done)
-        for episode in track(source.episodes(frozenset(writer.done)), source.count() - before, "ingest"):
-            writer.write(episode)
+        if spread is None:
+            for episode in track(source.episodes(frozenset(writer.done)), source.count() - before, "ingest"):
+                writer.write(episode)
+        elif isinstance(source, RldsSource):
+            write_parts(source, args.input, _intake(args), args.out, spread)
+            writer.read_again()
         total = len(writer.done)
     if report is None:
         details: dict[str, Any] = {"left_out": source.count() - total}
@@ -57,8 +63,27 @@ def run_ingest(args: argparse.Namespace) -> int:
     return 0
 
 
+def _intake(args: argparse.Namespace) -> IntakeOptions:
+    return IntakeOptions(args.keep_unlabelled, args.actions, args.camera)
+
+
+def _spread(args: argparse.Namespace) -> Spread | None:
+    """Who else does the work; None when nobody does.
+
+    Raises:
+        UsageError: this cannot be spread.
+    """
+    if args.workers < 1 or (args.workers > 1 and args.ray):
+        raise UsageError(f"--workers {args.workers}: expected at least 1, and not together with --ray")
+    if args.workers == 1 and args.ray is None:
+        return None
+    if args.format != "rlds":
+        raise UsageError("--workers and --ray are for rlds; other formats are read by one process")
+    return over_processes(args.workers) if args.ray is None else over_ray(args.ray)
+
+
 def _open(args: argparse.Namespace) -> tuple[EpisodeSource, IntakeReport | None]:
-    options = IntakeOptions(args.keep_unlabelled, args.actions, args.camera)
+    options = _intake(args)
     if args.format == "rlds":
         rlds = RldsSource(args.input, options)
         return rlds, rlds.report

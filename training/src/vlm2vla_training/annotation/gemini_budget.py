@@ -7,7 +7,7 @@ import threading
 import tomllib
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from vlm2vla_schema.gemini import Price
 from vlm2vla_training.errors import TrainingError, UsageError
@@ -21,26 +21,40 @@ EXPECTED_CHARS_A_TOKEN = 2.0
 # Of an answer: B.1's example has six steps of about 120 tokens; a copied row is about 24; thoughts vary most.
 EXPECTED_STEPS, TOKENS_A_STEP, TOKENS_A_COPIED_ROW, EXPECTED_THOUGHTS = 6, 120, 24, 1500
 
-_TABLE = TypeAdapter(dict[str, Price])
+
+class _Listed(Price):
+    """A row of the price table: what Batch mode costs stands beside what everybody pays."""
+
+    batch_input_usd: float | None = Field(default=None, ge=0)
+    batch_output_usd: float | None = Field(default=None, ge=0)
+
+
+_TABLE = TypeAdapter(dict[str, _Listed])
 
 
 class BudgetError(TrainingError):
     """The next request could cost more than is left of --max-usd."""
 
 
-def read_price(path: Path, model: str) -> Price:
-    """Read the price of `model` from a TOML file with one table a model: input_usd and output_usd a million tokens.
+def read_price(path: Path, model: str, batch: bool = False) -> Price:
+    """Read the price of `model` from a TOML file with one table a model: input_usd and output_usd a million tokens, for
+    Batch mode batch_input_usd and batch_output_usd.
 
     Raises:
-        UsageError: the file cannot be read, or has no price for the model.
+        UsageError: the file cannot be read, or has no such price for the model.
     """
     try:
         table = _TABLE.validate_python(tomllib.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, ValidationError) as error:
-        raise UsageError(f'{path} is not a price table ([\"{model}\"], input_usd, output_usd): {error}') from error
+        raise UsageError(f'{path} is not a price table (["{model}"], input_usd, output_usd): {error}') from error
     if model not in table:
         raise UsageError(f"{path} has no price for {model}; it has {', '.join(sorted(table)) or 'none'}")
-    return table[model]
+    listed = table[model]
+    if not batch:
+        return Price(input_usd=listed.input_usd, output_usd=listed.output_usd)
+    if listed.batch_input_usd is None or listed.batch_output_usd is None:
+        raise UsageError(f"{path}: --batch needs batch_input_usd and batch_output_usd for {model}")
+    return Price(input_usd=listed.batch_input_usd, output_usd=listed.batch_output_usd)
 
 
 def image_tokens(width: int, height: int) -> int:
@@ -62,6 +76,15 @@ def dollars(prompt_tokens: float, output_tokens: float, price: Price) -> float:
     return (prompt_tokens * price.input_usd + output_tokens * price.output_usd) / 1e6
 
 
+def limit_reached(max_usd: float, spent_usd: float, bound_usd: float) -> BudgetError:
+    """Say that a request of at most `bound_usd` does not fit any more."""
+    left = max(max_usd - spent_usd, 0.0)
+    return BudgetError(
+        f"--max-usd {max_usd:g}: {left:.4f} USD are left and the next request could cost {bound_usd:.4f}; the same "
+        "command with a higher limit goes on"
+    )
+
+
 class Budget:
     """Lets requests go while even the dearest outcome of all that are under way stays within the limit."""
 
@@ -81,11 +104,7 @@ class Budget:
         with self._changed:
             while self._spent_usd + sum(self._reserved) + bound_usd > self._max_usd:
                 if not self._reserved:
-                    left = max(self._max_usd - self._spent_usd, 0.0)
-                    raise BudgetError(
-                        f"--max-usd {self._max_usd:g}: {left:.4f} USD are left and the next request could cost "
-                        f"{bound_usd:.4f}; the same command with a higher limit goes on"
-                    )
+                    raise limit_reached(self._max_usd, self._spent_usd, bound_usd)
                 self._changed.wait()
             self._reserved.append(bound_usd)
 

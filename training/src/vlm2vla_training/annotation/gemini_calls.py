@@ -109,9 +109,7 @@ class GeminiCalls:
         recorded = self._journal.recorded(question.content, turn)
         if recorded is not None:
             return recorded
-        # A token is at least one byte of text.
-        letters = question.prompt + ("" if repair is None else "".join(repair))
-        prompt_tokens = sum(image_tokens(*size) for size in sizes) + len(letters.encode())
+        prompt_tokens = most_prompt_tokens(question, sizes, repair)
         backoff = wait_random_exponential(multiplier=self._line.first_wait_s, max=_LONGEST_WAIT_S)
 
         def wait_s(state: RetryCallState) -> float:
@@ -127,9 +125,7 @@ class GeminiCalls:
         )
         return retrying(self._once, question, repair, turn, prompt_tokens)
 
-    def _once(
-        self, question: Question, repair: tuple[str, str] | None, turn: int, prompt_tokens: int
-    ) -> GeminiAnswer:
+    def _once(self, question: Question, repair: tuple[str, str] | None, turn: int, prompt_tokens: int) -> GeminiAnswer:
         bound_usd = dollars(prompt_tokens, self._settings.max_output_tokens, self._price)
         self._budget.reserve(bound_usd)
         usd = 0.0
@@ -150,7 +146,7 @@ class GeminiCalls:
                 message = self._clean(f"no answer from Google: {type(error).__name__}: {error}")
                 self._journal.lost(number, message, bound_usd)
                 raise _PassingError(message) from error
-            answer = _storable(read_answer(response))
+            answer = storable(read_answer(response))
             usd = self._journal.answered(number, answer, bound_usd)
             return answer
         finally:
@@ -163,17 +159,7 @@ class GeminiCalls:
                 pass
 
     def _generate(self, question: Question, repair: tuple[str, str] | None) -> Any:
-        parts: list[types.Part] = []
-        for number, data in question.frames:
-            if question.labelled:
-                parts.append(types.Part.from_text(text=f"Observation {number}:"))
-            parts.append(types.Part.from_bytes(data=data, mime_type=mime_type(data)))
-        contents = [types.Content(role="user", parts=[*parts, types.Part.from_text(text=question.prompt)])]
-        if repair is not None:
-            said, findings = repair
-            if said:
-                contents.append(types.Content(role="model", parts=[types.Part.from_text(text=said)]))
-            contents.append(types.Content(role="user", parts=[types.Part.from_text(text=findings)]))
+        contents: list[Any] = [*contents_of(question, repair)]
         return self._client.models.generate_content(
             model=self._settings.model, contents=contents, config=self._config()
         )
@@ -190,11 +176,38 @@ class GeminiCalls:
         )
 
     def _clean(self, text: str) -> str:
-        return text.replace(self._key, "[key]")[:_MAX_MESSAGE_CHARS]
+        return without_key(text, self._key)
 
     def close(self) -> None:
         """Close the connection."""
         self._client.close()
+
+
+def contents_of(question: Question, repair: tuple[str, str] | None) -> list[types.Content]:
+    """The turns of a question, or of its repair: pictures, the log, what was said, what is wrong with it."""
+    parts: list[types.Part] = []
+    for number, data in question.frames:
+        if question.labelled:
+            parts.append(types.Part.from_text(text=f"Observation {number}:"))
+        parts.append(types.Part.from_bytes(data=data, mime_type=mime_type(data)))
+    contents = [types.Content(role="user", parts=[*parts, types.Part.from_text(text=question.prompt)])]
+    if repair is not None:
+        said, findings = repair
+        if said:
+            contents.append(types.Content(role="model", parts=[types.Part.from_text(text=said)]))
+        contents.append(types.Content(role="user", parts=[types.Part.from_text(text=findings)]))
+    return contents
+
+
+def most_prompt_tokens(question: Question, sizes: Sequence[tuple[int, int]], repair: tuple[str, str] | None) -> int:
+    """The most tokens that a question can count: a token is at least one byte of text."""
+    letters = question.prompt + ("" if repair is None else "".join(repair))
+    return sum(image_tokens(*size) for size in sizes) + len(letters.encode())
+
+
+def without_key(text: str, key: str) -> str:
+    """An error's text, short and without the API key."""
+    return text.replace(key, "[key]")[:_MAX_MESSAGE_CHARS]
 
 
 def _refusal(error: errors.APIError, message: str) -> CallError:
@@ -208,7 +221,7 @@ def _refusal(error: errors.APIError, message: str) -> CallError:
     return RefusedError(message) if refuses_all else CallError(message)
 
 
-def _storable(answer: GeminiAnswer) -> GeminiAnswer:
+def storable(answer: GeminiAnswer) -> GeminiAnswer:
     """Half of a surrogate pair has no place in a file; what is judged is what was stored."""
     if answer.text is None:
         return answer

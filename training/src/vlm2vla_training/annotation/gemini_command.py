@@ -6,7 +6,7 @@ import argparse
 import sys
 import threading
 import time
-from collections.abc import Container, Generator, Iterator
+from collections.abc import Collection, Container, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -17,9 +17,11 @@ from vlm2vla_schema.gemini import KEY_VARIABLES, Price, api_key
 from vlm2vla_training.annotation.base import AnnotatedEpisode, Annotator
 from vlm2vla_training.annotation.files import ANNOTATED_FILE, describe, read_annotated
 from vlm2vla_training.annotation.gemini import GeminiAnnotator, annotator_name
+from vlm2vla_training.annotation.gemini_batches import BatchCalls, BatchSettings, WaitingError
 from vlm2vla_training.annotation.gemini_budget import Budget, BudgetError, read_price
 from vlm2vla_training.annotation.gemini_calls import CallError, GeminiCalls, LineSettings, RefusedError, StoppedError
 from vlm2vla_training.annotation.gemini_estimate import estimate_annotation
+from vlm2vla_training.annotation.gemini_jobs import GeminiJobs
 from vlm2vla_training.annotation.gemini_journal import Journal, held
 from vlm2vla_training.annotation.gemini_request import RequestSettings, question_about
 from vlm2vla_training.episodes.base import Episode
@@ -37,6 +39,7 @@ _FAILURES_IN_A_ROW = 10
 
 _POSITIVE = (
     "max_output_tokens", "frames_every", "concurrency", "requests_per_minute", "tokens_per_minute", "attempts",
+    "batch_episodes",
 )  # fmt: skip
 
 Result = tuple[str, AnnotatedEpisode | TrainingError]
@@ -101,11 +104,20 @@ def _annotate(
         spent = journal.spent
         estimate = estimate_annotation(dataset, left, settings, price, spent.mean_output_tokens())
         print(f"{NOTICE}.\nannotate: {estimate.text()}; spent so far: {spent.text()}", file=sys.stderr, flush=True)
-        budget = Budget(args.max_usd, spent.at_most_usd())
-        calls = GeminiCalls(key, settings, speed, price, journal, budget, stop)
-        episodes = _unfinished(dataset, settings, finished)
+        calls: GeminiCalls | BatchCalls
+        if args.batch:
+            batches = BatchSettings(args.batch_episodes, args.attempts, args.poll_s, args.max_usd)
+            jobs = GeminiJobs(key, args.model, speed, stop)
+            calls = BatchCalls(settings, batches, price, journal, jobs, args.out, stop)
+            outcomes = in_jobs(GeminiAnnotator(settings, calls), dataset, left, calls, stop)
+        else:
+            if journal.jobs:
+                raise UsageError(f"{args.out} waits for {len(journal.jobs)} jobs of Batch mode; give --batch again")
+            calls = GeminiCalls(key, settings, speed, price, journal, Budget(args.max_usd, spent.at_most_usd()), stop)
+            episodes = _unfinished(dataset, settings, finished)
+            outcomes = in_parallel(GeminiAnnotator(settings, calls), episodes, args.concurrency, stop)
         # Closed before the journal, whatever happens: what is under way still writes into it.
-        with closing(in_parallel(GeminiAnnotator(settings, calls), episodes, args.concurrency, stop)) as results:
+        with closing(outcomes) as results:
             for episode_key, result in track(results, len(left), "annotate", spent.text):
                 if isinstance(result, AnnotatedEpisode):
                     file.append(result.to_json())
@@ -113,17 +125,12 @@ def _annotate(
                 elif run.note_failure(episode_key, result):
                     stop.set()
         calls.close()
+        if isinstance(calls, BatchCalls):
+            run.stopped = run.stopped or calls.closed
     left, _ = _progress(dataset, args.out, settings)
-    summary = {
-        "annotator": annotator_name(settings),
-        "settings": asdict(settings),
-        "estimate": asdict(estimate),
-        "cost": spent.to_json(),
-        "failures": run.failures,
-        "stopped": run.stopped,
-        "left": len(left),
-        **describe(path),
-    }
+    told = {"settings": asdict(settings), "estimate": asdict(estimate), "open_jobs": len(journal.jobs)}
+    outcome = {"cost": spent.to_json(), "failures": run.failures, "stopped": run.stopped, "left": len(left)}
+    summary = {"annotator": annotator_name(settings), **told, **outcome, **describe(path)}
     quarantined = summary["audit"].get("quarantined", 0)
     return summary, f"{summary['episodes']} episodes, {quarantined} quarantined, {len(left)} left, {spent.text()}"
 
@@ -148,7 +155,7 @@ def _settings(args: argparse.Namespace) -> tuple[RequestSettings, Price]:
         args.model, args.prompt_version, args.temperature, args.top_p, args.max_output_tokens, args.frames_every,
         args.embodiment,
     )  # fmt: skip
-    return settings, read_price(args.prices, args.model)
+    return settings, read_price(args.prices, args.model, args.batch)
 
 
 def _unfinished(dataset: EpisodeDataset, settings: RequestSettings, finished: Container[str]) -> Iterator[Episode]:
@@ -178,6 +185,37 @@ def in_parallel(
     finally:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def in_jobs(
+    annotator: Annotator, dataset: EpisodeDataset, left: Collection[str], calls: BatchCalls, stop: threading.Event
+) -> Generator[Result]:
+    """Yield each episode's key with its annotation or why there is none, as jobs of Batch mode end. What one job leaves
+    open (repairs, failed requests, what had no room below the limit) goes into the next.
+    """
+    every = frozenset(dataset.steps())
+    wanted, waiting = set(left), set[str]()
+    try:
+        calls.recover()
+        while not stop.is_set():
+            for episode in dataset.episodes(every - wanted):
+                waiting.discard(episode.key)
+                try:
+                    yield episode.key, annotator.annotate(episode)
+                except WaitingError:
+                    waiting.add(episode.key)
+                except TrainingError as error:
+                    yield episode.key, error
+                if stop.is_set():
+                    return
+            calls.submit()
+            if not calls.next_ended():
+                return
+            wanted = waiting - calls.waiting_episodes()
+    except StoppedError:
+        return
+    except CallError as error:
+        calls.closed = str(error)
 
 
 def _ready(waiting: dict[Future[AnnotatedEpisode], str]) -> Iterator[Result]:

@@ -1,7 +1,8 @@
 """calls.jsonl: every request to Gemini and what came of it, on disk before anything is made of it.
 
 A run that was killed asks nothing again that it has paid for: answers are found by what was asked. A request whose
-answer never came down is counted at the most that it can have cost, because Google may bill it all the same.
+answer never came down is counted at the most that it can have cost, because Google may bill it all the same. Requests
+in a job of Batch mode stay open until the job has ended, over as many runs as that takes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import fcntl
 import threading
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -68,6 +69,18 @@ class Spent:
         return {**vars(self), "usd": round(self.usd, 6), "uncounted_usd": round(self.uncounted_usd, 6)}
 
 
+@dataclass
+class Job:
+    """One job of Batch mode: `batch` is our name for it, set before it is submitted, `name` Google's, None until it is
+    known that the job was created. `file` holds the requests at Google's. `calls`: what was asked and has not ended.
+    """
+
+    batch: str
+    name: str | None = None
+    file: str | None = None
+    calls: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Keep other processes from writing to `folder` while the block runs; the end of the process, however it comes,
@@ -102,6 +115,7 @@ class Journal:
         self._lock = threading.Lock()
         self._price = price
         self.spent = Spent()
+        self.jobs: dict[str, Job] = {}
         self._answers: dict[tuple[str, int], GeminiAnswer] = {}
         path = folder / CALLS_FILE
         self._next = self._read(path, finished) if path.exists() else 0
@@ -110,7 +124,11 @@ class Journal:
     def _read(self, path: Path, finished: Container[str]) -> int:
         open_calls: dict[int, dict[str, Any]] = {}
         following = 0
+        names: dict[str, tuple[str, str]] = {}
         for line in read_jsonl(path):
+            if line["event"] == "job":
+                names[line["batch"]] = (line["name"], line["file"])
+                continue
             number = int(line["call"])
             if line["event"] == "asked":
                 open_calls[number] = line
@@ -127,28 +145,54 @@ class Journal:
             if line["event"] == "answered" and asked["content"] not in finished:
                 answer = GeminiAnswer(line["outcome"], line["text"], line["finish_reason"], line["message"], tokens)
                 self._answers[asked["content"], asked["round"]] = answer
-        for asked in open_calls.values():
-            self.spent.add(Tokens(), None, asked["bound_usd"])
+        for number, asked in open_calls.items():
+            if "batch" in asked:
+                batch = asked["batch"]
+                self.jobs.setdefault(batch, Job(batch, *names.get(batch, (None, None)))).calls[number] = asked
+            else:
+                self.spent.add(Tokens(), None, asked["bound_usd"])
         return following
 
     def recorded(self, content: str, turn: int) -> GeminiAnswer | None:
         """Return the answer that an earlier run got for this content, or None."""
         return self._answers.get((content, turn))
 
-    def asked(self, episode_key: str, content: str, turn: int, model: str, bound_usd: float) -> int:
-        """Record a request that is about to leave; return its number."""
+    def waiting(self) -> dict[tuple[str, int], str]:
+        """Return what jobs of Batch mode have been asked and have not answered: (content, round) -> episode."""
+        calls = (asked for job in self.jobs.values() for asked in job.calls.values())
+        return {(asked["content"], asked["round"]): asked["episode_key"] for asked in calls}
+
+    def waiting_usd(self) -> float:
+        """Return the most that the open jobs can cost."""
+        return sum(float(asked["bound_usd"]) for job in self.jobs.values() for asked in job.calls.values())
+
+    def asked(
+        self, episode_key: str, content: str, turn: int, model: str, bound_usd: float, batch: str | None = None
+    ) -> int:
+        """Record a request that is about to leave, in the job `batch` when one is named; return its number."""
         with self._lock:
             number, self._next = self._next, self._next + 1
-            self._file.append(
-                {"event": "asked", "call": number, "episode_key": episode_key, "content": content, "round": turn,
-                 "model": model, "bound_usd": bound_usd}
-            )  # fmt: skip
+            line = {
+                "event": "asked", "call": number, "episode_key": episode_key, "content": content, "round": turn,
+                "model": model, "bound_usd": bound_usd,
+            }  # fmt: skip
+            if batch is not None:
+                line["batch"] = batch
+                self.jobs.setdefault(batch, Job(batch)).calls[number] = line
+            self._file.append(line)
             return number
+
+    def named(self, job: Job, name: str, file: str) -> None:
+        """Record that Google has created the job."""
+        with self._lock:
+            self._file.append({"event": "job", "batch": job.batch, "name": name, "file": file})
+            job.name, job.file = name, file
 
     def answered(self, number: int, answer: GeminiAnswer, bound_usd: float) -> float:
         """Record an answer; return what it cost in dollars, its bound when Google counted nothing."""
         usd = cost_usd(answer.tokens, self._price)
         with self._lock:
+            self._remember(number, answer)
             self._close("answered", number, answer, usd, bound_usd)
         return bound_usd if usd is None else usd
 
@@ -157,6 +201,7 @@ class Journal:
         with self._lock:
             self._file.append({"event": "refused", "call": number, "message": message})
             self.spent.refused += 1
+            self._ended(number)
 
     def lost(self, number: int, message: str, bound_usd: float) -> None:
         """Record that no answer came: the call counts at its bound."""
@@ -168,6 +213,19 @@ class Journal:
         told = {"outcome": answer.outcome, "finish_reason": answer.finish_reason, "message": answer.message}
         self._file.append({"event": event, "call": number, **told, "text": answer.text, **tokens, "usd": usd})
         self.spent.add(answer.tokens, usd, bound_usd)
+        self._ended(number)
+
+    def _remember(self, number: int, answer: GeminiAnswer) -> None:
+        """Whoever waited for a job asks the journal for the answer."""
+        for job in self.jobs.values():
+            if (asked := job.calls.get(number)) is not None:
+                self._answers[asked["content"], asked["round"]] = answer
+
+    def _ended(self, number: int) -> None:
+        for job in [job for job in self.jobs.values() if number in job.calls]:
+            del job.calls[number]
+            if not job.calls:
+                del self.jobs[job.batch]
 
     def close(self) -> None:
         """Close the file."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -49,7 +50,7 @@ class Episode:
             )
         if self.images and len(self.images) != steps:
             raise DataError(f"episode {self.key}: {len(self.images)} images for {steps} actions; expected one a step")
-        if not (np.isfinite(self.actions).all() and np.isfinite(self.states).all()):
+        if not (all_finite(self.actions) and all_finite(self.states)):
             raise DataError(f"episode {self.key}: an action or state is not finite")
 
     def __len__(self) -> int:
@@ -73,6 +74,12 @@ class EpisodeSource(Protocol):
         ...
 
 
+def all_finite(values: NDArray[np.float64]) -> bool:
+    """Tell whether no value is infinite or not a number; quick, because every episode is asked several times."""
+    # Finite squares sum up to a finite number; huge ones may not, and are looked at one by one.
+    return math.isfinite(np.vdot(values, values)) or bool(np.isfinite(values).all())
+
+
 def binary_gripper(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Make a logged gripper signal binary: above 0.95 open, below 0.05 closed, between: the value reached next.
 
@@ -82,7 +89,7 @@ def binary_gripper(values: NDArray[np.float64]) -> NDArray[np.float64]:
     Returns:
         [T] of 0.0 or 1.0. A tail that never reaches either end counts as open above 0.5.
     """
-    result = np.empty(len(values), dtype=np.float64)
+    result = np.asarray(values > 0.5, dtype=np.float64)
     following = float(values[-1] > 0.5) if len(values) else 1.0
     for index in range(len(values) - 1, -1, -1):
         value = float(values[index])

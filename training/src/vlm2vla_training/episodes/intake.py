@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm2vla_training.episodes.base import Episode, binary_gripper
+from vlm2vla_training.episodes.base import Episode, all_finite, binary_gripper
 from vlm2vla_training.errors import DataError
 
 ActionSource = Literal["commanded", "reached"]
@@ -58,11 +59,21 @@ class IntakeReport:
         if len(self.named) < _NAMED:
             self.named.append({"episode_key": key, "reason": reason, **({"detail": detail} if detail else {})})
 
+    def add(self, other: IntakeReport) -> None:
+        """Take in what another report counted behind this one."""
+        self.records += other.records
+        self.left_out.update(other.left_out)
+        self.traps.update(other.traps)
+        self.named += other.named[: _NAMED - len(self.named)]
+        self.damage += other.damage
+        self._gaps_mm += other._gaps_mm
+
     def gap(self, actions: NDArray[np.float64], states: NDArray[np.float64]) -> None:
         """Note how far the commanded motion of one episode lies from the reached one."""
         if len(actions) > 1:
-            gaps = np.linalg.norm(np.diff(states[:, :3], axis=0) - actions[:-1, :3], axis=1)
-            self._gaps_mm.append(round(float(np.median(gaps)) * 1000, 3))
+            apart = states[1:, :3] - states[:-1, :3] - actions[:-1, :3]
+            gaps = np.sqrt(np.einsum("ij,ij->i", apart, apart)).tolist()
+            self._gaps_mm.append(round(median(gaps) * 1000, 3))
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; the gap is the median over episodes of each one's median step."""
@@ -156,7 +167,7 @@ def _trouble(raw: RawEpisode) -> tuple[str, str] | None:
         return "wrong shape", f"actions {raw.actions.shape}, states {raw.states.shape}; expected [T, 7] each"
     if len(raw.states) not in (steps, steps + 1) or len(raw.images) != steps:
         return "lengths differ", f"{steps} actions, {len(raw.states)} states, {len(raw.images)} images"
-    if not (np.isfinite(raw.actions).all() and np.isfinite(raw.states).all()):
+    if not (all_finite(raw.actions) and all_finite(raw.states)):
         return "not finite", "an action or state is infinite or not a number"
     if not all(image.startswith((b"\xff\xd8", b"\x89PNG")) for image in raw.images):
         return "not an image", "a frame is neither JPEG nor PNG"

@@ -1,7 +1,8 @@
 """The episode dataset on disk: Parquet parts with one row a step, and episodes.parquet with one row an episode.
 
 A part holds one row group an episode, so reading streams one episode at a time. Per-episode facts lie in the part's
-own metadata as well, hence episodes.parquet can be rebuilt after a crash and a run resumes behind the last whole part.
+own metadata as well, hence episodes.parquet, written at the end, can be rebuilt after a crash, and a run resumes behind
+the last whole part.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,6 +33,7 @@ _STEP_SCHEMA = pa.schema(
         ("source", pa.string()),
     ]
 )
+EPISODES_A_PART = 16
 _FACTS_KEY = b"vlm2vla_episodes"
 _EPISODES_FILE = "episodes.parquet"
 
@@ -39,7 +41,7 @@ _EPISODES_FILE = "episodes.parquet"
 class EpisodeWriter:
     """Append episodes to a dataset folder; each part appears whole or not at all."""
 
-    def __init__(self, folder: Path, episodes_per_part: int = 16) -> None:
+    def __init__(self, folder: Path, episodes_per_part: int = EPISODES_A_PART) -> None:
         """Open or create the dataset; `done` holds the keys that are already there."""
         self._folder = folder
         self._per_part = episodes_per_part
@@ -47,7 +49,12 @@ class EpisodeWriter:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob("*.partial"):
             leftover.unlink()
-        self._facts = _facts_of_parts(folder)
+        self.read_again()
+
+    def read_again(self) -> None:
+        """Learn which parts are there; others may have written some."""
+        self._facts = _facts_of_parts(self._folder)
+        self._number = len(list(self._folder.glob("part-*.parquet")))
         self.done: set[str] = {fact["episode_key"] for fact in self._facts}
 
     def write(self, episode: Episode) -> None:
@@ -66,22 +73,12 @@ class EpisodeWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is queued as one part and bring episodes.parquet up to date."""
+        """Write what is queued as one part."""
         if not self._pending:
             return
-        number = len(list(self._folder.glob("part-*.parquet")))
-        path = self._folder / f"part-{number:05d}.parquet"
-        facts = [_fact(episode, path.name) for episode in self._pending]
-        schema = _STEP_SCHEMA.with_metadata({_FACTS_KEY: json.dumps(facts).encode()})
-        partial = path.with_name(path.name + ".partial")
-        # Image bytes do not compress further.
-        with pq.ParquetWriter(partial, schema, compression="none") as writer:
-            for episode in self._pending:
-                writer.write_table(_step_table(episode, schema), row_group_size=max(1, len(episode)))
-        os.replace(partial, path)
-        self._facts += facts
+        self._facts += write_part(self._folder, self._number, self._pending)
+        self._number += 1
         self._pending = []
-        _write_episodes_file(self._folder, self._facts)
 
     def close(self) -> None:
         """Write what is queued; the dataset is complete afterwards, even when nothing was added."""
@@ -139,6 +136,31 @@ class EpisodeDataset:
                         yield _read_group(file, group, fact, images)
 
 
+def write_part(folder: Path, number: int, episodes: Sequence[Episode]) -> list[dict[str, Any]]:
+    """Write one part, whole or not at all; return what its metadata says of each episode."""
+    path = part_path(folder, number)
+    facts = [_fact(episode, path.name) for episode in episodes]
+    schema = _STEP_SCHEMA.with_metadata({_FACTS_KEY: json.dumps(facts).encode()})
+    partial = path.with_name(path.name + ".partial")
+    # Image bytes do not compress further.
+    with pq.ParquetWriter(partial, schema, compression="none") as writer:
+        for episode in episodes:
+            writer.write_table(_step_table(episode, schema), row_group_size=max(1, len(episode)))
+    os.replace(partial, path)
+    return facts
+
+
+def part_path(folder: Path, number: int) -> Path:
+    """Where a part lies."""
+    return folder / f"part-{number:05d}.parquet"
+
+
+def keys_of_part(path: Path) -> list[str]:
+    """Return the keys of the episodes in a part, in its order."""
+    with pq.ParquetFile(path) as file:
+        return [fact["episode_key"] for fact in _facts_of(file, path)]
+
+
 def _fact(episode: Episode, part: str) -> dict[str, Any]:
     return {
         "episode_key": episode.key,
@@ -157,8 +179,8 @@ def _step_table(episode: Episode, schema: pa.Schema) -> pa.Table:
         "episode_key": [episode.key] * steps,
         "step": list(range(episode.first_step, episode.first_step + steps)),
         "image": episode.images,
-        "action": [[float(value) for value in row] for row in episode.actions],
-        "state": [[float(value) for value in row] for row in episode.states],
+        "action": pa.FixedSizeListArray.from_arrays(pa.array(episode.actions.ravel()), 7),
+        "state": pa.FixedSizeListArray.from_arrays(pa.array(episode.states.ravel()), 7),
         "instruction": [episode.instruction] * steps,
         "source": [episode.source] * steps,
     }

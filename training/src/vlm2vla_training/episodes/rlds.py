@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from vlm2vla_schema.images import decode_image
 from vlm2vla_training.episodes.base import Episode
 from vlm2vla_training.episodes.intake import IntakeOptions, IntakeReport, RawEpisode, rows_of, take_in
 from vlm2vla_training.episodes.tfexample import Example
-from vlm2vla_training.episodes.tfrecord import Damage, Record, read_records, shards_of
+from vlm2vla_training.episodes.tfrecord import Damage, Record, read_records, record_at, shards_of
 from vlm2vla_training.errors import DataError
 from vlm2vla_training.jsonio import read_json
 
@@ -30,6 +30,19 @@ _OLD_SUBSET = (
     "this is OXE's `bridge` 0.1.0, an old subset with other actions; expected `bridge_dataset` 1.0.0 of "
     "rail.eecs.berkeley.edu"
 )
+
+
+@dataclass(frozen=True)
+class Met:
+    """A record as it was met: its place, its episode's key (None: it has none), the episode unless it is left out, and
+    what there is to report of it alone.
+    """
+
+    number: int
+    offset: int
+    key: str | None
+    episode: Episode | None
+    report: IntakeReport
 
 
 class RldsSource:
@@ -44,52 +57,73 @@ class RldsSource:
         self.report = IntakeReport()
         self._options = options
         self._camera = options.camera or "image_0"
-        self._shards = shards_of(root)
-        if not self._shards:
+        self.shards = shards_of(root)
+        if not self.shards:
             raise DataError(f"{root} holds no *.tfrecord* file; expected an RLDS dataset, shards and dataset_info.json")
-        self._infos = {folder: _info(folder) for folder in {shard.parent for shard in self._shards}}
+        self._infos = {folder: _info(folder) for folder in {shard.parent for shard in self.shards}}
         self._seen: set[str] = set()
 
     def count(self) -> int:
         """Return how many episodes dataset_info.json promises; 0 when it says nothing."""
-        return sum(self._promised(shard) or 0 for shard in self._shards)
+        return sum(self._promised(shard) or 0 for shard in self.shards)
 
     def episodes(self, skip: frozenset[str] = frozenset()) -> Iterator[Episode]:
         """Yield the episodes whose key is not in `skip`, one at a time; damage is reported, not raised."""
-        self._report_missing_shards()
-        for shard in self._shards:
-            met = 0
-            before = len(self.report.damage)
-            for record in read_records(shard, self._damaged):
-                met += 1
-                episode = self._episode(shard, record)
-                if episode is not None and episode.key not in skip:
-                    yield episode
-            promised = self._promised(shard)
-            if promised is not None and met != promised and len(self.report.damage) == before:
-                what = f"{met} records; dataset_info.json promises {promised}"
-                self._damaged(Damage(str(shard), met, shard.stat().st_size, what))
+        self.report_missing_shards()
+        for shard in self.shards:
+            for met in self.meet(shard, self.report.damage):
+                if self.admit(shard, met) and met.episode is not None and met.episode.key not in skip:
+                    yield met.episode
 
-    def _damaged(self, damage: Damage) -> None:
-        self.report.damage.append(asdict(damage))
+    def meet(self, shard: Path, damage: list[dict[str, Any]]) -> Iterator[Met]:
+        """Yield every whole record of a shard, each by itself; what is damaged is appended to `damage`."""
+        count = 0
+        found: list[Damage] = []
+        for record in read_records(shard, found.append):
+            count += 1
+            yield self._meet(shard, record)
+        promised = self._promised(shard)
+        if promised is not None and count != promised and not found:
+            what = f"{count} records; dataset_info.json promises {promised}"
+            found.append(Damage(str(shard), count, shard.stat().st_size, what))
+        damage += map(asdict, found)
 
-    def _episode(self, shard: Path, record: Record) -> Episode | None:
-        place = f"{shard.name} record {record.number}"
-        self.report.records += 1
+    def admit(self, shard: Path, met: Met) -> bool:
+        """Report a record, in the order of reading; False when its key was met before."""
+        if met.key is not None and met.key in self._seen:
+            self.report.records += 1
+            place = f"{shard.name} record {met.number}, offset {met.offset}"
+            self.report.leave_out(met.key, "key met twice", place)
+            return False
+        if met.key is not None:
+            self._seen.add(met.key)
+        self.report.add(met.report)
+        return True
+
+    def episode_at(self, shard: Path, number: int, offset: int) -> Episode:
+        """Read again one episode that was met at this place.
+
+        Raises:
+            DataError: it is not there any more.
+        """
+        met = self._meet(shard, record_at(shard, number, offset))
+        if met.episode is None:
+            raise DataError(f"{shard} record {number}: the episode that was here is gone; the file has been changed")
+        return met.episode
+
+    def _meet(self, shard: Path, record: Record) -> Met:
+        report = IntakeReport(records=1)
         try:
-            raw = self._raw(shard, record)
+            raw = self._raw(shard, record, report)
         except (DataError, ImageError) as error:
-            self.report.leave_out(place, "unreadable record", f"offset {record.offset}: {error}")
-            return None
+            place = f"{shard.name} record {record.number}"
+            report.leave_out(place, "unreadable record", f"offset {record.offset}: {error}")
+            return Met(record.number, record.offset, None, None, report)
         if raw is None:
-            return None
-        if raw.key in self._seen:
-            self.report.leave_out(raw.key, "key met twice", f"{place}, offset {record.offset}")
-            return None
-        self._seen.add(raw.key)
-        return take_in(raw, self._options, self.report)
+            return Met(record.number, record.offset, None, None, report)
+        return Met(record.number, record.offset, raw.key, take_in(raw, self._options, report), report)
 
-    def _raw(self, shard: Path, record: Record) -> RawEpisode | None:
+    def _raw(self, shard: Path, record: Record, report: IntakeReport) -> RawEpisode | None:
         example = Example(record.data)
         if "steps/action/world_vector" in example:
             raise DataError(_OLD_SUBSET)
@@ -100,14 +134,14 @@ class RldsSource:
         number = metadata.get("episode_id", record.number)
         key = f"{source}/{path or shard.name}#{number}"
         images = example.bytes_list(f"steps/observation/{self._camera}")
-        if self._camera_missing(metadata, images):
-            self.report.leave_out(key, f"no camera {self._camera}")
+        if self._camera_missing(metadata, images, report):
+            report.leave_out(key, f"no camera {self._camera}")
             return None
         match = _SHARD_NAME.match(shard.name)
         facts = {**metadata, "split": match["split"] if match else None, "camera": self._camera}
         return RawEpisode(
             key,
-            self._instruction(example, metadata),
+            _instruction(example, metadata, report),
             source,
             images,
             rows_of(example.floats("steps/action"), 7, "steps/action"),
@@ -116,7 +150,7 @@ class RldsSource:
             facts,
         )
 
-    def _camera_missing(self, metadata: dict[str, Any], images: list[bytes]) -> bool:
+    def _camera_missing(self, metadata: dict[str, Any], images: list[bytes], report: IntakeReport) -> bool:
         """A missing camera is not absent but black; `has_image_k` says which are there.
 
         Episodes of Bridge's first version carry false for every camera, those with pictures included: flags that are
@@ -126,18 +160,9 @@ class RldsSource:
         if any(flags):
             return not metadata.get(f"has_{self._camera}", 1)
         if flags:
-            self.report.traps["camera_flags_all_false"] += 1
+            report.traps["camera_flags_all_false"] += 1
         # Black frames are all the same bytes: only such are worth decoding.
         return bool(images) and images[0] == images[-1] and not decode_image(images[0]).any()
-
-    def _instruction(self, example: Example, metadata: dict[str, Any]) -> str:
-        name = "steps/language_instruction"
-        if name not in example or not metadata.get("has_language", 1):
-            return ""
-        found = Counter(text.decode("utf-8", "replace").strip() for text in example.bytes_list(name))
-        if len(found) > 1:
-            self.report.traps["instruction_varies"] += 1
-        return next((text for text, _ in found.most_common() if text), "")
 
     def _source(self, shard: Path) -> str:
         name = str(self._infos[shard.parent].get("name", ""))
@@ -154,9 +179,10 @@ class RldsSource:
                 return int(lengths[int(match["shard"])])
         return None
 
-    def _report_missing_shards(self) -> None:
+    def report_missing_shards(self) -> None:
+        """Report which of the shards that the names promise are not there."""
         found: dict[tuple[Path, str, str, int], set[int]] = {}
-        for shard in self._shards:
+        for shard in self.shards:
             if match := _SHARD_NAME.match(shard.name):
                 group = (shard.parent, match["name"], match["split"], int(match["shards"]))
                 found.setdefault(group, set()).add(int(match["shard"]))
@@ -176,6 +202,19 @@ def _info(folder: Path) -> dict[str, Any]:
     return info
 
 
+def _instruction(example: Example, metadata: dict[str, Any], report: IntakeReport) -> str:
+    name = "steps/language_instruction"
+    if name not in example or not metadata.get("has_language", 1):
+        return ""
+    texts = example.bytes_list(name)
+    if texts and texts.count(texts[0]) == len(texts):
+        return texts[0].decode("utf-8", "replace").strip()
+    found = Counter(text.decode("utf-8", "replace").strip() for text in texts)
+    if len(found) > 1:
+        report.traps["instruction_varies"] += 1
+    return next((text for text, _ in found.most_common() if text), "")
+
+
 def _metadata(example: Example) -> dict[str, Any]:
     """episode_metadata as JSON values: texts and whole numbers, one each."""
     values: dict[str, Any] = {}
@@ -190,5 +229,3 @@ def _metadata(example: Example) -> dict[str, Any]:
                 numbers = example.integers(name)
                 values[short] = numbers[0] if numbers else 0
     return values
-
-

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import google_crc32c
 
+from vlm2vla_training.errors import DataError
+
 # A whole Bridge episode is about 2 MB; a length beyond this is refused even when its checksum holds.
 MAX_RECORD_BYTES = 1 << 30
 _MASK_DELTA = 0xA282EAD8
@@ -67,14 +69,30 @@ def read_records(path: Path, damaged: Callable[[Damage], None]) -> Iterator[Reco
                 damaged(Damage(str(path), number, offset, f"{trouble}; the rest of the file ({size - offset} bytes)"))
                 return
             length = _HEADER.unpack(header)[0]
-            data, footer = file.read(length), file.read(_FOOTER.size)
-            if _FOOTER.unpack(footer)[0] == masked_crc(data):
+            data = file.read(length)
+            if _FOOTER.unpack(file.read(_FOOTER.size))[0] == masked_crc(data):
                 yield Record(number, offset, data)
             else:
                 end = offset + _HEADER.size + length + _FOOTER.size
                 damaged(Damage(str(path), number, offset, f"wrong checksum of the data, bytes {offset} to {end - 1}"))
             number += 1
             offset += _HEADER.size + length + _FOOTER.size
+
+
+def record_at(path: Path, number: int, offset: int) -> Record:
+    """Read the one record whose header begins at `offset`.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    with path.open("rb") as file:
+        file.seek(offset)
+        header = file.read(_HEADER.size)
+        trouble = _bad_header(header, path.stat().st_size - offset)
+        data = b"" if trouble else file.read(_HEADER.unpack(header)[0])
+        if trouble or _FOOTER.unpack(file.read(_FOOTER.size))[0] != masked_crc(data):
+            raise DataError(f"{path} record {number} at byte {offset}: {trouble or 'wrong checksum of the data'}")
+    return Record(number, offset, data)
 
 
 def _bad_header(header: bytes, left: int) -> str | None:

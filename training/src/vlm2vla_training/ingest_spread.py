@@ -1,0 +1,139 @@
+"""`ingest` of RLDS shards by many processes, on this machine or on a Ray cluster; the same bytes as by one.
+
+First every shard is read, and what comes back is small: where each episode lies, its key, what there is to report. The
+order of all is then known, so that every part's sixteen episodes are, and the parts are written wherever there is time.
+A part that is there already with the episodes that belong into it is not written again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from vlm2vla_training.episodes.intake import IntakeOptions, IntakeReport
+from vlm2vla_training.episodes.parquet import EPISODES_A_PART, keys_of_part, part_path, write_part
+from vlm2vla_training.episodes.rlds import Met, RldsSource
+from vlm2vla_training.errors import DataError, TrainingError
+from vlm2vla_training.progress import track
+
+Work = Callable[[str], str]
+# Does a piece of work for each text, somewhere, and yields the answers in the order of the texts. Only JSON travels.
+Spread = Callable[[Work, Sequence[str]], Iterator[str]]
+
+
+def write_parts(source: RldsSource, root: Path, options: IntakeOptions, out: Path, spread: Spread) -> None:
+    """Write every part of the dataset that is not there; `source.report` is complete afterwards.
+
+    Args:
+        source: of `root`, not read yet.
+        root: the shards, at the same path on every machine.
+        options: those of `source`.
+        out: the dataset's folder, at the same path on every machine.
+        spread: who does the work.
+
+    Raises:
+        DataError: `out` has parts that do not belong to this source, or a shard changed while it was read.
+    """
+    places = _survey(source, root, options, spread)
+    parts = [places[begin : begin + EPISODES_A_PART] for begin in range(0, len(places), EPISODES_A_PART)]
+    surplus = len(list(out.glob("part-*.parquet"))) - sum(
+        part_path(out, number).exists() for number in range(len(parts))
+    )
+    if surplus:
+        raise DataError(f"{out} has {surplus} parts that {root} does not give; choose another --out")
+    left = [
+        json.dumps({"part": number, "places": part})
+        for number, part in enumerate(parts)
+        if not _is_there(part_path(out, number), [key for _, _, _, key in part])
+    ]
+    for _ in track(spread(partial(_write, str(root), options, str(out)), left), len(left), "ingest: parts written"):
+        pass
+
+
+def _survey(source: RldsSource, root: Path, options: IntakeOptions, spread: Spread) -> list[tuple[str, int, int, str]]:
+    """Where every episode lies that belongs into the dataset: (shard, record, offset, key), in reading order."""
+    source.report_missing_shards()
+    places: list[tuple[str, int, int, str]] = []
+    shards = [str(shard) for shard in source.shards]
+    found = track(spread(partial(_look, str(root), options), shards), len(shards), "ingest: shards read")
+    for shard, text in zip(source.shards, found, strict=True):
+        told = json.loads(text)
+        for one in told["records"]:
+            met = Met(one["number"], one["offset"], one["key"], None, _report(one["report"]))
+            if source.admit(shard, met) and one["kept"]:
+                places.append((str(shard), met.number, met.offset, str(met.key)))
+        source.report.damage += told["damage"]
+    return places
+
+
+def _look(root: str, options: IntakeOptions, shard: str) -> str:
+    """Read one shard and tell of its records; runs anywhere."""
+    damage: list[dict[str, Any]] = []
+    records = [
+        {
+            "number": met.number, "offset": met.offset, "key": met.key, "kept": met.episode is not None,
+            "report": vars(met.report),
+        }
+        for met in RldsSource(Path(root), options).meet(Path(shard), damage)
+    ]  # fmt: skip
+    return json.dumps({"records": records, "damage": damage})
+
+
+def _write(root: str, options: IntakeOptions, out: str, text: str) -> str:
+    """Write one part; runs anywhere."""
+    todo = json.loads(text)
+    source = RldsSource(Path(root), options)
+    episodes = [source.episode_at(Path(shard), number, offset) for shard, number, offset, _ in todo["places"]]
+    write_part(Path(out), todo["part"], episodes)
+    return str(todo["part"])
+
+
+def _report(fields: dict[str, Any]) -> IntakeReport:
+    counters = {name: Counter(fields[name]) for name in ("left_out", "traps")}
+    return IntakeReport(**{**fields, **counters})
+
+
+def _is_there(path: Path, keys: list[str]) -> bool:
+    return path.exists() and keys_of_part(path) == keys
+
+
+def over_processes(workers: int) -> Spread:
+    """Spread over processes of this machine."""
+
+    def spread(work: Work, texts: Sequence[str]) -> Iterator[str]:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            yield from pool.map(work, texts)
+
+    return spread
+
+
+def over_ray(address: str) -> Spread:
+    """Spread over a Ray cluster ("auto", "local", "ray://HOST:PORT") with this package installed on every machine.
+
+    Raises:
+        ModuleNotFoundError: Ray is not installed (extra `ray`).
+    """
+    import ray  # an extra; it starts processes of its own when it is used
+    import ray.data
+
+    def spread(work: Work, texts: Sequence[str]) -> Iterator[str]:
+        if not ray.is_initialized():
+            ray.init(address=address)
+        if not texts:
+            return
+        context = ray.data.DataContext.get_current()
+        context.execution_options.preserve_order = True
+        rows = ray.data.from_items([{"text": text} for text in texts], override_num_blocks=len(texts))
+        try:
+            for row in rows.map(lambda row: {"text": work(row["text"])}).iter_rows():
+                yield str(row["text"])
+        except ray.exceptions.RayError as error:
+            raise TrainingError(f"Ray: {error}") from error
+
+    return spread
