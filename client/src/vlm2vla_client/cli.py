@@ -56,6 +56,8 @@ def _add_run(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     run.add_argument("--verifier", metavar="NAMES", help=f"one of {', '.join(VERIFIERS)}, or a chain: gemini,human")
     run.add_argument("--gemini-consent", action="store_true", help="send pictures of the bench to Google, this run")
     run.add_argument("--policy", choices=POLICIES, default="server")
+    run.add_argument("--policy-server", metavar="URL", help="openvla, ecot, molmoact, openpi: the model's own server")
+    run.add_argument("--unnorm-key", metavar="NAME", help="openvla, ecot: statistics of the actions (bridge_orig)")
     run.add_argument("--scenario", choices=("in_distribution", "out_of_distribution"), help="sampling of the subtasks")
     run.add_argument("--scene", metavar="NAME", help="twin: a suite's scene, or 'kitchen' (default: the task's)")
     run.add_argument("--seed", type=_seed, default=DEVELOPMENT_SEED, metavar="N", help="scene and sampling (500000)")

@@ -33,7 +33,8 @@ from vlm2vla_client.http import ServerConnection
 from vlm2vla_client.live_rerun import open_live
 from vlm2vla_client.operator_keys import operator_of_run
 from vlm2vla_client.pictures import read_picture
-from vlm2vla_client.policies.base import PolicyInfo
+from vlm2vla_client.policies.base import Policy, PolicyInfo
+from vlm2vla_client.policies.baselines import BASELINES, open_baseline
 from vlm2vla_client.policies.random import RandomPolicy
 from vlm2vla_client.policies.server import ServerPolicy
 from vlm2vla_client.progress import ConsoleProgress, Progress, SilentProgress, printable
@@ -137,8 +138,8 @@ def _run_on_arm(
     verifiers: tuple[str, ...],
 ) -> int:
     """A physical run: everything that can be refused is refused before the arm is touched."""
-    if arguments.policy not in ("server", "random"):
-        raise ConfigurationError(f"the policy {arguments.policy!r} needs the twin; a physical arm follows server")
+    if arguments.policy not in ("server", "random", *BASELINES):
+        raise ConfigurationError(f"the policy {arguments.policy!r} needs the twin; a physical arm follows server or a baseline")
     if eye is None:
         raise ConfigurationError(f"the robot {robot!r} needs a camera on its bench, not the twin's: see --camera")
     if eye.plays_recording and not arguments.dry_run:
@@ -157,8 +158,9 @@ def _run_on_arm(
     connection, model = connect(arguments, config), arguments.model or config.model
     try:
         verifier = make_chain(verifiers, connection, model, outside)
-        connection.wait_ready(READY_WAIT_S)
-        policy = ServerPolicy(connection, model=model) if arguments.policy == "server" else RandomPolicy(arguments.seed)
+        if arguments.policy not in BASELINES or "server" in verifiers:
+            connection.wait_ready(READY_WAIT_S)
+        policy = _policy_on_arm(arguments, connection, model)
         refuse_untrained(policy.info(), True, arguments.allow_untrained, arguments.confirm)
         request = physical.PhysicalRun(
             task=arguments.task,
@@ -187,6 +189,14 @@ def _run_on_arm(
         close_outside(outside)
 
 
+def _policy_on_arm(arguments: argparse.Namespace, connection: ServerConnection, model: str | None) -> Policy:
+    if arguments.policy == "server":
+        return ServerPolicy(connection, model=model)
+    if arguments.policy == "random":
+        return RandomPolicy(arguments.seed)
+    return open_baseline(arguments.policy, arguments.policy_server, arguments.unnorm_key)
+
+
 def _run_in_twin(
     arguments: argparse.Namespace, config: ClientConfig, verifiers: tuple[str, ...], eye: CameraOptions | None
 ) -> int:
@@ -207,6 +217,8 @@ def _run_in_twin(
         verifiers=verifiers,
         connection=connection,
         model=arguments.model or config.model,
+        policy_server=arguments.policy_server,
+        unnorm_key=arguments.unnorm_key,
         execute=arguments.execute,
         speed=arguments.speed,
         max_cycles=arguments.max_cycles,

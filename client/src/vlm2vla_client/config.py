@@ -31,6 +31,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vlm2vla_client.errors import ConfigurationError
+from vlm2vla_client.policies.baselines import BASELINES
 from vlm2vla_client.recorder import MIN_FREE_BYTES
 from vlm2vla_client.safety import Limits
 from vlm2vla_client.verifiers.gemini_settings import GeminiSettings
@@ -41,7 +42,7 @@ DEFAULT_SERVER = "http://127.0.0.1:8000"
 ROBOTS = ("twin", "widowx", "bridge", "dynamixel", "replay")
 CAMERAS = ("twin", "realsense", "video", "images", "v4l2")
 VERIFIERS = ("gemini", "server", "human", "twin", "none")
-POLICIES = ("server", "expert", "random", "swapped")
+POLICIES = ("server", "expert", "random", "swapped", *BASELINES)
 PHYSICAL_ROBOTS = ("widowx", "bridge")
 ARM_TABLES = (*PHYSICAL_ROBOTS, "dynamixel")
 LIMITS_FILE = "limits.toml"

@@ -57,7 +57,7 @@ def confirm_on_terminal(proposal: Proposal) -> bool | Edit:
     here = [0.0, 0.0, 0.0]
     for index, row in enumerate(proposal.rows):
         here = [at + step for at, step in zip(here, row[:3], strict=True)]
-        _say(f"  row {index:<5}{row_text(row)}   then at {row_text([*here, row[3]])} from here\n")
+        _say(f"  row {index:<5}{row_text(row)}   then at {row_text([*here, row[-1]])} from here\n")
     forbidden = proposal.forecast is not None and proposal.forecast.forbidden
     for line in proposal.forecast.lines() if proposal.forecast is not None else ():
         _say(f"  shadow   {printable(line)}\n")

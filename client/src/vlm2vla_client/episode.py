@@ -43,7 +43,8 @@ class LoopConfig:
         scenario: sets the temperature of the subtasks stage (D.4).
         execute: "whole" moves after the complete answer, "streamed" row by row as they arrive.
         max_cycles_per_subtask: applies to policies that name subtasks; 0 for no limit.
-        max_cycles: in all; 0 for no limit of either kind (the paper's "until done").
+        max_cycles: in all, each of as many as the policy's ``steps_per_verdict``; 0 for no limit of either kind (the
+            paper's "until done").
         settle_s: the arm's rest between the last row and the verifier's picture.
         max_answer_age_s: also the deadline of a cycle's answer: an older one would be refused anyway.
         dry_run: ask, filter and record, but never move.

@@ -202,6 +202,24 @@ class ServerConnection:
         except (httpx.HTTPError, httpx.InvalidURL, OSError, RuntimeError):
             return False
 
+    def exchange(self, path: str, content: bytes, timeout_s: float) -> bytes:
+        """POSTs JSON as it is and returns the body of the answer: for servers that are not ours.
+
+        Raises:
+            PolicyError: by the HTTP status, ProtocolMismatchError or ServerUnreachableError.
+        """
+        body = {"content": content, "headers": {"Content-Type": "application/json"}}
+        with self._open(path, "POST", body, timeout_s) as (_, chunks):
+            return b"".join(chunks)
+
+    def answers(self, timeout_s: float) -> bool:
+        """True when anything at all is answered in time: for servers without ``/healthz``. Never raises."""
+        try:
+            self._client.head("/", timeout=timeout_s)
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, RuntimeError):
+            return False
+        return True
+
     def close(self) -> None:
         """Closes the connections."""
         self._client.close()

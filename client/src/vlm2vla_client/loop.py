@@ -4,6 +4,8 @@
     for each subtask:   frame -> motion plan -> rows -> execute -> settle -> fresh frame -> verify
                         success: the next subtask; failure: the same one, with a new frame, plan and rows
 
+A policy of single steps (a baseline) is judged after ``steps_per_verdict`` cycles without a verification in between.
+
 It knows Protocols only. Whatever goes wrong, the arm is held before anything else is done about it.
 """
 
@@ -35,6 +37,7 @@ from vlm2vla_client.executor import ChunkResult, MotionStart, Outcome
 from vlm2vla_client.moves import state_of
 from vlm2vla_client.policies.base import Asked, SubtasksAnswer
 from vlm2vla_client.recorder import FORMAT
+from vlm2vla_client.safety_types import RobotState
 from vlm2vla_client.shadow import Forecast
 from vlm2vla_client.verifiers.base import Notes
 from vlm2vla_client.verifiers.chain import ChainVerifier
@@ -72,6 +75,7 @@ class _Episode:
         self.refused_in_a_row = 0
         self.plans: list[str] = []
         self.edit: Edit | None = None
+        self.unjudged: list[tuple[Frame, int]] = []  # the frames acted on since the last verdict, with their numbers
         self.began_s = time.monotonic()
 
     # --- the whole episode ----------------------------------------------------------------------------------------
@@ -124,7 +128,7 @@ class _Episode:
         config = self.config
         if config.max_cycles == 0:
             return
-        if self.cycles - self.held >= config.max_cycles:
+        if self.cycles - self.held >= config.max_cycles * self.parts.policy.info().steps_per_verdict:
             raise NotCompletedError(f"not completed after {self.cycles} cycles (--max-cycles)")
         names_subtasks = "subtasks" in self.parts.policy.info().stages and self.subtasks != [config.task]
         if names_subtasks and 0 < config.max_cycles_per_subtask <= tries:
@@ -168,11 +172,12 @@ class _Episode:
         parts.progress.cycle(self.cycles, index + 1, len(self.subtasks), subtask)
         parts.progress.waiting("planning")
         before = parts.camera.latest(MAX_FRAME_AGE_S, FRAME_TIMEOUT_S)
-        captured_m = np.array(parts.robot.state().ee_position_m, dtype=np.float64)
+        state = parts.robot.state()
+        captured_m = np.array(state.ee_position_m, dtype=np.float64)
         sent_s = parts.clock.now_s()
         frame_age_s = sent_s - before.stamp_s
         arrivals = Arrivals(
-            parts.policy.cycle(before, subtask, self._asked(self.config.max_answer_age_s, given)),
+            parts.policy.cycle(before, subtask, self._asked(self.config.max_answer_age_s, given, state)),
             parts.clock,
             self.config.max_answer_age_s,
             parts.watch.check,
@@ -206,7 +211,19 @@ class _Episode:
             arrivals.give_up()
         if result is None or result.outcome in (Outcome.NOT_STARTED, Outcome.FAULT):
             return False
-        return self._verify(index, before, number, result, began_s)
+        return self._judged(index, before, number, result, began_s)
+
+    def _judged(self, index: int, before: Frame, number: int, result: ChunkResult, began_s: float) -> bool:
+        """The verdict, if it is time for one: against the first frame since the last."""
+        steps = self.parts.policy.info().steps_per_verdict
+        self.unjudged.append((before, number))
+        if len(self.unjudged) < steps:
+            return False
+        first, first_number = self.unjudged[0]
+        self.unjudged = []
+        if steps > 1 and not self.parts.verifier.checks:
+            return False  # nobody says that it is done, and one step is never all: it goes on until --max-cycles
+        return self._verify(index, first, first_number, result, began_s)
 
     def _act(self, index: int, answer: Answer, captured_m: NDArray[np.float64]) -> ChunkResult | None:
         """Executes the rows; None when nothing was to be executed (dry run, operator declined or edited).
@@ -358,9 +375,10 @@ class _Episode:
         frame = self.parts.camera.latest(MAX_FRAME_AGE_S, FRAME_TIMEOUT_S)
         return frame, self.parts.recorder.frame(frame)
 
-    def _asked(self, deadline_s: float, edit: Edit | None = None) -> Asked:
+    def _asked(self, deadline_s: float, edit: Edit | None = None, state: RobotState | None = None) -> Asked:
         seed = None if self.config.seed is None else (self.config.seed * 1009 + self.cycles) % 2**31
-        return Asked(self.config.episode_id, deadline_s, seed, edit.motion_plan if edit is not None else None)
+        plan = edit.motion_plan if edit is not None else None
+        return Asked(self.config.episode_id, deadline_s, seed, plan, state)
 
     def _patiently(self, ask: Callable[[], SubtasksAnswer]) -> SubtasksAnswer:
         """Asks again, a few times, when the server is only busy."""

@@ -94,6 +94,7 @@ def run_on_arm(
     """Connects, runs and records one episode; blocks until it ends. The arm holds afterwards, whatever happened.
 
     Args:
+        policy: closed at the end, as robot and camera are.
         folder: a new folder for the recording, or a recorder of one's own.
 
     Raises:
@@ -130,6 +131,7 @@ def run_on_arm(
     finally:
         robot.close()
         camera.close()
+        policy.close()
 
 
 def _loop_config(request: PhysicalRun, limits: Limits, robot: str) -> LoopConfig:

@@ -41,12 +41,15 @@ class RecordedPolicy:
         self._subtasks = [str(name) for event in episode.of("subtasks")[:1] for name in event.get("subtasks", [])]
         if not self._subtasks:
             raise RecordingError(f"{episode.folder} ended before its subtasks were known: there is nothing to replay")
+        self._steps_per_verdict = int((episode.header.get("policy") or {}).get("steps_per_verdict", 1))
         self._cycles = _cycles(episode)
         self._next = 0
 
     def info(self) -> PolicyInfo:
         """All stages; not trained to act."""
-        return PolicyInfo(name="replay", trained_to_act=False, stages=ALL_STAGES)
+        return PolicyInfo(
+            name="replay", trained_to_act=False, stages=ALL_STAGES, steps_per_verdict=self._steps_per_verdict
+        )
 
     def subtasks(self, frame: Frame, task: str, scenario: Scenario, asked: Asked) -> SubtasksAnswer:
         """The recorded list."""

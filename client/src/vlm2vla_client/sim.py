@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from vlm2vla_client.loop import run_episode
 from vlm2vla_client.moves import Moves
 from vlm2vla_client.operator_keys import NoOperator, Operator
 from vlm2vla_client.policies.base import Policy
+from vlm2vla_client.policies.baselines import BASELINES, open_baseline
 from vlm2vla_client.policies.expert import ExpertPolicy
 from vlm2vla_client.policies.random import RandomPolicy
 from vlm2vla_client.policies.server import ServerPolicy
@@ -60,10 +62,12 @@ class SimRequest:
 
     Attributes:
         choice: scene, scenario and judge (``scenes.choose_scene``).
-        policy: server, expert, random or swapped (the server's policy, shown another seed's picture).
+        policy: server, expert, random, swapped (the server's policy, shown another seed's picture) or a baseline.
         verifiers: names in the order of the chain.
         connection: to the server; needed by policy ``server`` and ``swapped`` and by verifier ``server``.
         model: adapter name for the policy, None for the server's default.
+        policy_server: where a baseline's own server answers.
+        unnorm_key: whose statistics OpenVLA and ECoT scale by; None for BridgeData V2's.
         limits: overrides of the safety limits.
         realtime: let simulated seconds take as long as they say.
         animate: write ``episode.gif``.
@@ -82,6 +86,8 @@ class SimRequest:
     verifiers: Sequence[str] = ("server",)
     connection: ServerConnection | None = None
     model: str | None = None
+    policy_server: str | None = None
+    unnorm_key: str | None = None
     execute: Literal["whole", "streamed"] = "whole"
     speed: float = 1.0
     max_cycles: int = 30
@@ -184,6 +190,8 @@ def make_policy(request: SimRequest, world: World) -> Policy:
         return ExpertPolicy(Expert(world))
     if request.policy == "random":
         return RandomPolicy(request.choice.seed)
+    if request.policy in BASELINES:
+        return open_baseline(request.policy, request.policy_server, request.unnorm_key)
     raise ConfigurationError(f"unknown policy {request.policy!r}")
 
 
@@ -245,9 +253,20 @@ def run_in_twin(request: SimRequest, folder: Path, progress: Progress) -> Episod
         if request.connection is not None and asks_server:
             progress.waiting("waiting for the server")
             request.connection.wait_ready(READY_WAIT_S)
-        return run_parts(request, bench, policy, verifier, folder, progress)
+        with of_this_episode(request, policy):
+            return run_parts(request, bench, policy, verifier, folder, progress)
     finally:
         bench.close()
+
+
+@contextlib.contextmanager
+def of_this_episode(request: SimRequest, policy: Policy) -> Iterator[None]:
+    """Closes a baseline's policy afterwards: it has a connection of its own, not the one that the caller closes."""
+    try:
+        yield
+    finally:
+        if request.policy in BASELINES:
+            policy.close()
 
 
 def run_parts(

@@ -18,6 +18,7 @@ from vlm2vla_client.path_plot import path_svg
 from vlm2vla_client.recorder import RecordedEpisode, read_episode
 
 TEMPLATE = "view.html"
+TURNS = ("roll rad", "pitch rad", "yaw rad")
 
 
 def esc(value: object) -> str:
@@ -103,11 +104,12 @@ def _rows(events: Sequence[Mapping[str, Any]]) -> str:
     for event in events:
         if event["event"] == "decision":
             decided.setdefault(int(event.get("index", -1)), []).append(event)
-    lines = []
+    lines, width = [], 0
     for event in events:
         if event["event"] != "row":
             continue
         index, row = int(event.get("index", -1)), event.get("row") or []
+        width = max(width, len(row))
         cells = "".join(f"<td>{esc(value)}</td>" for value in row)
         mine = decided.get(index, [])
         worst = next((d for d in mine if d.get("verdict") != "pass"), mine[0] if mine else None)
@@ -115,8 +117,9 @@ def _rows(events: Sequence[Mapping[str, Any]]) -> str:
         lines.append(f"<tr><td>{index}</td>{cells}<td>{word}</td></tr>")
     if not lines:
         return ""
-    head = "<tr><th>row</th><th>dx m</th><th>dy m</th><th>dz m</th><th>gripper</th><th>safety filter</th></tr>"
-    return f"<table>{head}{''.join(lines)}</table>"
+    names = ["row", "dx m", "dy m", "dz m", *(TURNS if width == 7 else ()), "gripper", "safety filter"]
+    head = "".join(f"<th>{name}</th>" for name in names)
+    return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
 
 
 def _verdict(event: Mapping[str, Any]) -> str:

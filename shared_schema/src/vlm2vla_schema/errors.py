@@ -34,6 +34,10 @@ class ImageError(VLM2VLAError):
     """Bytes or an array that are not an image this project handles."""
 
 
+class ArrayError(VLM2VLAError):
+    """What another program sent for an array is not one that may be made here."""
+
+
 class ErrorCode(StrEnum):
     """Stable error codes of protocol 1."""
 

@@ -57,6 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--server", metavar="URL", help="where vlm2vla-server answers (default http://127.0.0.1:8000)")
     parser.add_argument("--api-key", metavar="KEY", help="sent as a bearer token (or set VLM2VLA_API_KEY)")
     parser.add_argument("--model", metavar="NAME", help="adapter to ask, or 'base' (default: the server's first)")
+    parser.add_argument("--policy-server", metavar="URL", help="where a baseline's own server answers")
+    parser.add_argument("--unnorm-key", metavar="NAME", help="openvla, ecot: statistics of the actions (bridge_orig)")
     parser.add_argument(
         "--parallel", type=int, default=1, metavar="N",
         help="trials at once, for a server that answers several at once (default 1; 8 to 14 suit the vllm engine)",
@@ -100,6 +102,8 @@ def _run(arguments: argparse.Namespace) -> int:
         policy=arguments.policy,
         verifiers=verifiers,
         model=arguments.model or config.model,
+        policy_server=arguments.policy_server,
+        unnorm_key=arguments.unnorm_key,
         mode=arguments.mode,
         record=arguments.record,
         parallel=arguments.parallel,

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Literal
 
 from vlm2vla_client.errors import ConfigurationError
+from vlm2vla_client.policies.baselines import BASELINES
 from vlm2vla_twin.tasks import SUITES
 
 MAX_CYCLES = 12
 PAPER_TRIALS = 30
 """Trials of each policy and task in section 4.2; the three languages together have three times as many."""
-POLICIES = ("server", "expert", "random", "swapped")
+POLICIES = ("server", "expert", "random", "swapped", *BASELINES)
 VERIFIERS = ("server", "twin", "none")
 LANGUAGES = tuple(name for name in SUITES if name.startswith("pick_carrot_"))
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -33,6 +34,8 @@ class EvalOptions:
         mode: ``varied`` moves everything; ``paper`` keeps what D.1 keeps invariant.
         verifiers: names in the order of the chain.
         model: adapter name for the policy, None for the server's default.
+        policy_server: where a baseline's own server answers.
+        unnorm_key: whose statistics OpenVLA and ECoT scale by; None for BridgeData V2's.
         record: keep a full recording of every trial under ``out/episodes``.
         parallel: trials that run at once; what a trial shows does not depend on it.
     """
@@ -44,6 +47,8 @@ class EvalOptions:
     policy: str = "server"
     verifiers: tuple[str, ...] = ("server",)
     model: str | None = None
+    policy_server: str | None = None
+    unnorm_key: str | None = None
     mode: Literal["varied", "paper"] = "varied"
     max_cycles: int = MAX_CYCLES
     record: bool = False

@@ -168,6 +168,7 @@ def _same_evaluation(options: EvalOptions, server: Mapping[str, Any]) -> None:
         "model": server.get("model"),
         "hash": server.get("hash"),
         "base_hash": server.get("base_hash"),
+        **({"unnorm_key": options.unnorm_key} if options.unnorm_key is not None else {}),
     }
     stored = _stored(options.out).get("identity")
     if stored is not None and stored != identity:

@@ -18,7 +18,7 @@ from vlm2vla_client.policies.base import Policy, PolicyInfo
 from vlm2vla_client.progress import SilentProgress
 from vlm2vla_client.recorder import Recorder, new_episode_folder
 from vlm2vla_client.scenes import SceneChoice
-from vlm2vla_client.sim import SimBench, SimRequest, make_policy, make_verifier, run_parts
+from vlm2vla_client.sim import SimBench, SimRequest, make_policy, make_verifier, of_this_episode, run_parts
 from vlm2vla_schema.types import Frame
 from vlm2vla_twin.physics import World
 from vlm2vla_twin.tasks import SUITES
@@ -107,6 +107,8 @@ def run_trial(
         verifiers=options.verifiers,
         connection=connection,
         model=options.model,
+        policy_server=options.policy_server,
+        unnorm_key=options.unnorm_key,
         max_cycles=options.max_cycles,
         max_cycles_per_subtask=0,
         animate=False,
@@ -118,8 +120,9 @@ def run_trial(
     bench = SimBench.open(request.choice, request.limits, realtime=False, simulated=True)
     try:
         policy, verifier = maker(request, bench.world), make_verifier(request, bench)
-        info = policy.info()
-        result = run_parts(request, bench, policy, verifier, tape, SilentProgress())
+        with of_this_episode(request, policy):
+            info = policy.info()
+            result = run_parts(request, bench, policy, verifier, tape, SilentProgress())
     finally:
         bench.close()
     _refuse_interruption(result, tape.events)

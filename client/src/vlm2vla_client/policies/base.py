@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from vlm2vla_client.safety_types import RobotState
 from vlm2vla_schema.types import Frame, Scenario
 
 __all__ = [
@@ -38,12 +39,15 @@ class PolicyInfo:
         trained_to_act: the card's ``policy`` field; a physical arm refuses a policy where it is False.
         stages: which of the three stages it has; ("actions",) for the -NR variants.
         details: what else is worth recording (adapters and their hashes, engine, versions).
+        steps_per_verdict: how many pictures it acts on before a verifier is asked; more than 1 for policies of single
+            steps, which would else be judged on every centimetre.
     """
 
     name: str
     trained_to_act: bool
     stages: tuple[str, ...] = ALL_STAGES
     details: dict[str, Any] = field(default_factory=dict)
+    steps_per_verdict: int = 1
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,14 @@ class Asked:
         seed: base seed of this request, or None to leave it to the policy.
         deadline_s: seconds from now within which the answer must be complete.
         motion_plan: the operator's; the policy's rows follow it instead of a plan of its own.
+        state: the arm as it was when the frame was taken, for policies that were trained with it; ours is not.
     """
 
     episode_id: str
     deadline_s: float
     seed: int | None = None
     motion_plan: str | None = None
+    state: RobotState | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,8 @@ class PlanArrived:
 
 @dataclass(frozen=True)
 class RowArrived:
-    """One row [dx_m, dy_m, dz_m, gripper] of this answer's chunk; ``episode_id`` is the one it was computed for."""
+    """One row [dx_m, dy_m, dz_m, gripper] of this answer's chunk, or a baseline's seven numbers
+    [dx_m, dy_m, dz_m, droll_rad, dpitch_rad, dyaw_rad, gripper]; ``episode_id`` is the one it was computed for."""
 
     index: int
     row: list[float]
