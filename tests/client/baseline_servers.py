@@ -1,4 +1,4 @@
-"""Other people's policy servers, spoken to by their own libraries: json-numpy's and openpi-client's encoders and decoders.
+"""Other people's policy servers, over their own libraries: json-numpy's and openpi-client's encoders and decoders.
 
 Imitated behaviour, our own code. Sources: openpi's src/openpi/serving/websocket_policy_server.py, openvla's
 vla-scripts/deploy.py (embodied-CoT has the same file), and the servers in the examples of allenai/molmoact2.

@@ -94,7 +94,8 @@ def test_a_baseline_picks_the_carrot_up_behind_the_same_loop(
     episode = read_episode(Path(result["folder"]))
     check_what_was_asked(name, script)
     assert all(len(event["row"]) == 7 for event in episode.of("row"))
-    assert result["plans"] == ([] if name != "ecot" else ["TASK: Pick up the carrot. PLAN: reach, grasp, lift."] * len(script.asked))
+    words = ["TASK: Pick up the carrot. PLAN: reach, grasp, lift."] if name == "ecot" else []
+    assert result["plans"] == words * len(script.asked)
     asked_for = ROWS_PER_VERDICT if PER_ANSWER[name] == 1 else 1
     assert len(script.asked) == len(episode.of("verdict")) * asked_for
     first = episode.of("request")[(len(episode.of("verdict")) - 1) * asked_for]
@@ -210,7 +211,8 @@ def test_a_bad_answer_of_act_is_a_typed_error(status: int, body: bytes, error: t
 def test_every_good_form_of_an_answer_is_read() -> None:
     action = np.array([0.01, -0.02, 0.03, 0.1, 0.0, -0.1, 0.996])
     array = json_numpy.dumps(action)
-    for body in (array, json.dumps(array), json.dumps(action.tolist()), f'{{"action": {array}}}', f'[{array}, "TASK: x"]'):
+    forms = (array, json.dumps(array), json.dumps(action.tolist()), f'{{"action": {array}}}', f'[{array}, "TASK: x"]')
+    for body in forms:
         assert np.array_equal(read_answer(body.encode()).actions, action), body
     assert read_answer(f'{{"action": {array}, "reasoning": "PLAN: lift"}}'.encode()).reasoning == "PLAN: lift"
     assert bridge_rows(action) == [[0.01, -0.02, 0.03, 0.1, 0.0, -0.1, 1.0]]
@@ -224,7 +226,8 @@ def test_a_pose_is_the_turn_away_from_straight_down() -> None:
 
 
 def test_openpi_failures_are_typed_and_the_next_question_gets_a_new_connection() -> None:
-    replies: list[Any] = [RuntimeError("no such key"), {"state": 1}, {"actions": np.zeros((2, 8))}, "late", np.zeros((1, 7))]
+    wrong = [RuntimeError("no such key"), {"state": 1}, {"actions": np.zeros((2, 8))}]
+    replies: list[Any] = [*wrong, "late", np.zeros((1, 7))]
 
     def infer(_: dict[str, Any]) -> dict[str, Any]:
         reply = replies.pop(0)

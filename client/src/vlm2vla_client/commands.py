@@ -139,7 +139,9 @@ def _run_on_arm(
 ) -> int:
     """A physical run: everything that can be refused is refused before the arm is touched."""
     if arguments.policy not in ("server", "random", *BASELINES):
-        raise ConfigurationError(f"the policy {arguments.policy!r} needs the twin; a physical arm follows server or a baseline")
+        raise ConfigurationError(
+            f"the policy {arguments.policy!r} needs the twin; a physical arm follows server or a baseline"
+        )
     if eye is None:
         raise ConfigurationError(f"the robot {robot!r} needs a camera on its bench, not the twin's: see --camera")
     if eye.plays_recording and not arguments.dry_run:

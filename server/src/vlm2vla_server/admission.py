@@ -38,6 +38,7 @@ _PRIORITIES = {
     "/actions": Priority.ACT,
     "/motion_plan": Priority.ACT,
     "/subtasks": Priority.ACT,
+    "/act": Priority.ACT,
     "/verify": Priority.VERIFY,
 }
 

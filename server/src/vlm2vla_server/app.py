@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 
 from vlm2vla_schema import messages as wire
 from vlm2vla_schema.errors import ErrorBody, ErrorCode
-from vlm2vla_server import generation, openai_api
+from vlm2vla_server import act, generation, openai_api, openpi
 from vlm2vla_server.engines.base import Engine
 from vlm2vla_server.errors import (
     InvalidRequest,
@@ -42,7 +42,7 @@ GENERATING: tuple[tuple[str, type[Any], type[BaseModel], Handler[Any], bool], ..
 
 PATHS = frozenset(
     {row[0] for row in GENERATING}
-    | {"/healthz", "/readyz", "/info", "/metrics", "/docs", "/openapi.json"}
+    | {"/healthz", "/readyz", "/info", "/metrics", "/docs", "/openapi.json", act.PATH}
     | openai_api.PATHS
 )
 
@@ -61,6 +61,7 @@ def build_app(service: Service) -> ASGIApp:
         metrics=service.metrics,
         paths=PATHS,
         max_body_bytes=service.settings.max_body_bytes,
+        sockets=frozenset({openpi.PATH}) if openpi.installed() else frozenset(),
     )
 
 
@@ -90,6 +91,8 @@ def build_api(service: Service) -> FastAPI:
         _add_generating(api, service, path, request_model, answer_model, handler, streams)
     _add_plain(api, service)
     openai_api.add_routes(api, service)
+    act.add_route(api, service, _error_responses())
+    api.add_api_websocket_route(openpi.PATH, openpi.Door(service).serve)
     return api
 
 

@@ -123,7 +123,7 @@ def begin(
     left = asyncio.Event()
 
     async def run() -> None:
-        outcome = await _outcome(service, ticket, episode, left, lambda: job(call))
+        outcome = await outcome_of(service, ticket, episode, left, lambda: job(call))
         _note(request.scope, outcome)
         events.put_nowait(outcome)
 
@@ -167,7 +167,7 @@ async def _watch(receive: Receive, task: asyncio.Task[None], left: asyncio.Event
     task.cancel()
 
 
-async def _outcome(
+async def outcome_of(
     service: Service,
     ticket: Ticket,
     episode: str | None,

@@ -12,6 +12,7 @@ import json
 import logging
 import time
 import uuid
+from collections.abc import Sequence
 
 from pydantic import BaseModel
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -77,15 +78,24 @@ def error_answer(problem: ServerError, path: str, request_id: str | None) -> tup
 
 
 class Guard:
-    """Wraps the app. `paths` are the known paths, used as metric labels; anything else counts as "other"."""
+    """Wraps the app. `paths` are the known paths, used as metric labels; anything else counts as "other". `sockets`:
+    the paths where a websocket is spoken."""
 
     def __init__(
-        self, app: ASGIApp, *, api_key: str | None, metrics: Metrics, paths: frozenset[str], max_body_bytes: int
+        self,
+        app: ASGIApp,
+        *,
+        api_key: str | None,
+        metrics: Metrics,
+        paths: frozenset[str],
+        max_body_bytes: int,
+        sockets: frozenset[str] = frozenset(),
     ) -> None:
         self._app = app
         self._key = None if api_key is None else api_key.encode()
         self._metrics = metrics
         self._paths = paths
+        self._sockets = sockets
         self._drain_bytes = DRAIN_FACTOR * max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -93,8 +103,8 @@ class Guard:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        if scope["type"] != "http":  # no websockets here
-            await send({"type": "websocket.close", "code": 1008})
+        if scope["type"] == "websocket":
+            await self._on_socket(scope, receive, send)
             return
         exchange = _Exchange(receive, send, self._drain_bytes, scope["path"])
         received_s = time.monotonic()
@@ -122,14 +132,27 @@ class Guard:
             self._metrics.seconds.labels(path).observe(took_s)
             _log_request(scope, path, exchange.status or 499, took_s)
 
-    def _authorized(self, scope: Scope) -> bool:
+    async def _on_socket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A websocket. Refused before it opens: another path, a wrong key, a page in a browser, whose script could
+        reach a server on its user's machine without asking (no robot's client sends Origin)."""
+        from_page = any(name == b"origin" for name, _ in scope["headers"])
+        if scope["path"] not in self._sockets or from_page or not self._authorized(scope, (b"bearer", b"api-key")):
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        logs.REQUEST_ID.set(uuid.uuid4().hex)
+        try:
+            await self._app(scope, receive, send)
+        except Exception:
+            log.exception("a websocket failed")
+
+    def _authorized(self, scope: Scope, schemes: Sequence[bytes] = (b"bearer",)) -> bool:
         if self._key is None or scope["path"] in OPEN_PATHS:
             return True
         values = [value for name, value in scope["headers"] if name == b"authorization"]
         if len(values) != 1:
             return False
         scheme, _, key = values[0].partition(b" ")
-        return bool(scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._key))
+        return bool(scheme.lower() in schemes and hmac.compare_digest(key.strip(), self._key))
 
 
 def _log_request(scope: Scope, path: str, status: int, took_s: float) -> None:

@@ -10,6 +10,7 @@ from types import FrameType
 import uvicorn
 from starlette.types import ASGIApp
 
+from vlm2vla_server.openpi import MAX_MESSAGE_BYTES
 from vlm2vla_server.service import Service
 
 log = logging.getLogger("vlm2vla_server")
@@ -74,6 +75,8 @@ def http_config(app: ASGIApp, host: str, port: int) -> uvicorn.Config:
         port=port,
         http="h11",
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        ws_max_size=MAX_MESSAGE_BYTES,
+        ws_per_message_deflate=False,
         log_config=None,
         log_level="warning",
         access_log=False,
