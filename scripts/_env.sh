@@ -7,6 +7,7 @@
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 DEV_TOOLS=(ruff mypy pytest pytest-timeout hypothesis import-linter openai schemathesis
+           json-numpy requests # with openpi-client below: other people's clients, as they are
            pyrealsense2 opencv-python-headless dynamixel-sdk rerun-sdk) # the last four: extras of the client, tested for real
 GL_PACKAGES="libegl1 libegl-mesa0 libgl1-mesa-dri libgl1"
 
@@ -141,10 +142,12 @@ setup_env() {
     warn_about_cuda_torch "$venv"
     # setuptools first: the packages are then built without an isolated environment each.
     pip_install "$venv" setuptools
-    local wanted=(-e "$ROOT/shared_schema" -e "$ROOT/twin[sim]" -e "$ROOT/server[transformers,openai]" -e "$ROOT/client[sim,gemini]"
+    local wanted=(-e "$ROOT/shared_schema" -e "$ROOT/twin[sim]" -e "$ROOT/server[transformers,openai,openpi]" -e "$ROOT/client[sim,gemini,openpi]"
                   -e "$ROOT/training[sim,train,gemini]")
     [ "$level" = dev ] && wanted+=("${DEV_TOOLS[@]}")
     pip_install "$venv" --no-build-isolation "${wanted[@]}"
+    # By itself: it asks for numpy below 2, which what the tests use of it does not need.
+    if [ "$level" = dev ]; then pip_install "$venv" --no-deps openpi-client; fi
     printf '%s' "$stamp" > "$venv/.vlm2vla-$level"
 }
 

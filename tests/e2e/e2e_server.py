@@ -1,7 +1,7 @@
 """The real server in a process of its own, so that a test can kill it; its engine recites texts from a file.
 
 Run as ``python e2e_server.py PORT FOLDER``: ``FOLDER/texts.json`` holds the texts (``subtasks``, ``plans`` by subtask,
-``actions`` by plan, ``verdict``) and ``token_s``, the pause between tokens.
+``actions`` by plan, a list of them given out one an answer, ``verdict``) and ``token_s``, the pause between tokens.
 """
 
 from __future__ import annotations
@@ -50,8 +50,11 @@ class Reciter:
             return str(self._subtasks)
         if stage == "verify":
             return str(self._verdict)
-        known: dict[str, str] = self._plans if stage == "motion_plan" else self._actions
-        return next((text for words, text in known.items() if words in request.prompt), next(iter(known.values())))
+        known: dict[str, str | list[str]] = self._plans if stage == "motion_plan" else self._actions
+        text = next((text for words, text in known.items() if words in request.prompt), next(iter(known.values())))
+        if isinstance(text, str):
+            return text
+        return text.pop(0) if len(text) > 1 else text[0]
 
 
 class RecitingEngine:

@@ -355,8 +355,8 @@ def test_info_metrics_and_openapi(tmp_path: Path) -> None:
             text = (await caller.get("/metrics")).body.decode()
             assert 'vlm2vla_requests_total{path="/vqa",status="200"} 1.0' in text and "vlm2vla_ready 1.0" in text
             paths = (await caller.get("/openapi.json")).json()["paths"]
-            openai = {"/v1/chat/completions", "/v1/models"}
-            assert set(paths) == {*GOOD, "/healthz", "/readyz", "/info", "/metrics"} | openai
+            others = {"/act", "/v1/chat/completions", "/v1/models"}
+            assert set(paths) == {*GOOD, "/healthz", "/readyz", "/info", "/metrics"} | others
             schema = paths["/cycle"]["post"]["requestBody"]["content"]["application/json"]["schema"]
             assert "motion_plan_temperature" in schema["properties"]
 

@@ -20,7 +20,7 @@ from vlm2vla_schema.errors import ArrayError
 ARRAYS: list[np.ndarray[Any, Any]] = [
     np.arange(24, dtype=np.uint8).reshape(2, 4, 3),
     np.array([0.5, -1.25, 3.0]),
-    np.float32([[1, 2], [3, 4]]),
+    np.array([[1, 2], [3, 4]], dtype=np.float32),
     np.zeros((0, 7)),
     np.arange(6.0).reshape(2, 3).T,
 ]
