@@ -89,6 +89,15 @@ def test_drivers_of_cameras_and_motors_are_extras_without_model_library(wheels: 
     assert not names.keys() & (MODEL_LIBRARIES | {"mujoco", "vlm2vla-server"})
 
 
+@pytest.mark.parametrize("side", ["client", "server"])
+def test_openpi_s_websocket_is_an_extra_without_openpi(wheels: Path, empty_environment: Path, side: str) -> None:
+    libraries = {"msgpack", "websockets"}
+    assert not would_install(empty_environment, wheels, f"vlm2vla-{side}").keys() & libraries
+    names = would_install(empty_environment, wheels, f"vlm2vla-{side}[openpi]")
+    assert libraries <= names.keys() and "openpi-client" not in names
+    assert not names.keys() & MODEL_LIBRARIES
+
+
 def test_server_install_pulls_no_robot_or_camera_driver(wheels: Path, empty_environment: Path) -> None:
     names = would_install(empty_environment, wheels, "vlm2vla-server")
     assert {"vlm2vla-server", "vlm2vla-schema", "fastapi", "uvicorn"} <= names.keys()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from server_fakes import ROWS_TEXT, SUBTASKS_TEXT, FakeEngine, run, serving, with_settings, write_models
 
+from vlm2vla_server.act import MAX_EPISODES, MAX_PAUSE_S, Chunks
 from vlm2vla_server.app import create_app
 
 IMAGE = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
@@ -41,6 +42,44 @@ def test_one_action_in_the_form_that_was_asked_for(tmp_path: Path) -> None:
             assert json_numpy.loads(json.loads(twice.body)).tolist() == FIRST
 
     run(work())
+
+
+def test_an_episode_is_given_its_chunk_row_by_row_and_nobody_else(tmp_path: Path) -> None:
+    async def work() -> None:
+        engine = FakeEngine()
+        async with serving(create_app(write_models(tmp_path), engine)) as caller:
+
+            async def act(**changes: Any) -> tuple[list[float], int]:
+                before = len(engine.requests)
+                answer = await caller.post("/act", encoded({**PAYLOAD, **changes}))
+                action: list[float] = json_numpy.loads(answer.body).tolist()
+                return action, len(engine.requests) - before
+
+            second = [0.0, 0.0, -0.03, 0.0, 0.0, 0.0, 0.0]
+            assert await act(episode_id="a") == (FIRST, 3)
+            assert await act(episode_id="b") == (FIRST, 3)
+            assert await act(episode_id="a", instruction="lift the fish") == (FIRST, 3)
+            assert await act() == (FIRST, 3)
+            assert await act(episode_id="a") == (second, 0)
+            assert await act(episode_id="a") == (FIRST, 3)
+
+    run(work())
+
+
+def test_rows_do_not_wait_for_ever_and_not_for_everybody() -> None:
+    now_s = [0.0]
+    chunks = Chunks(lambda: now_s[0])
+    rows = [[float(number)] for number in range(3)]
+    chunks.keep("a", "go", rows)
+    now_s[0] = MAX_PAUSE_S
+    assert chunks.take("a", "go") == [0.0]
+    now_s[0] = 2 * MAX_PAUSE_S + 0.1
+    assert chunks.take("a", "go") is None
+    now_s[0] = 2 * MAX_PAUSE_S + 0.2
+    assert chunks.take("a", "go") is None
+    for number in range(MAX_EPISODES + 1):
+        chunks.keep(str(number), "go", rows)
+    assert chunks.take("0", "go") is None and chunks.take("1", "go") == [0.0]
 
 
 def test_a_model_without_words_acts_on_the_instruction(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import schemathesis
 import uvicorn
@@ -24,6 +25,7 @@ from schemathesis.specs.openapi.checks import (
 )
 from server_fakes import GOOD, IMAGE, FakeEngine, run, serving, with_settings, write_models
 
+from vlm2vla_schema.arrays import to_json
 from vlm2vla_server.app import create_app
 
 CHECKS: list[Any] = [
@@ -34,7 +36,7 @@ CHECKS: list[Any] = [
 ]
 EXAMPLES = 25
 """Per operation and way of making requests; three ways."""
-GENERATING = [*sorted(GOOD), "/v1/chat/completions"]
+GENERATING = [*sorted(GOOD), "/act", "/v1/chat/completions"]
 PLAIN = ["/healthz", "/readyz", "/info", "/metrics", "/v1/models"]
 
 
@@ -75,6 +77,9 @@ def served_well(case: Any) -> Any:
         if body.get("images"):
             body["images"] = [IMAGE]
             body.pop("image", None)
+        if case.path == "/act":
+            body.pop("encoded", None)
+            body |= {"image": to_json(np.zeros((8, 8, 3), np.uint8)), "instruction": body.get("instruction") or "go"}
         for message in body.get("messages", []):
             for part in message["content"] if isinstance(message["content"], list) else []:
                 if part["type"] == "image_url":

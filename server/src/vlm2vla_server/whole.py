@@ -1,8 +1,7 @@
 """The whole policy in one question, for protocols that know a picture, an instruction and an action.
 
 All three stages run on every picture: the subtasks that remain (the first is done now; `subtasks` examples are made for
-every step of a demonstration, section 3.1), the motion plan, the rows. Nothing is kept between questions, so no caller
-can be given rows that were meant for another episode.
+every step of a demonstration, section 3.1), the motion plan, the rows.
 """
 
 from __future__ import annotations
