@@ -91,6 +91,13 @@ def act_server(answers: Answers) -> Iterator[str]:
     """An HTTP server with ``POST /act`` only; gives its URL."""
 
     class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # connections stay open, as behind uvicorn
+
+        def do_HEAD(self) -> None:
+            self.send_response(404)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
             status, answer = (404, b'{"detail":"Not Found"}')

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import json_numpy
 import numpy as np
@@ -28,6 +28,7 @@ from vlm2vla_client.errors import (
 )
 from vlm2vla_client.evaluation.options import EvalOptions
 from vlm2vla_client.evaluation.trial import run_trial
+from vlm2vla_client.evaluation.trials import Trial
 from vlm2vla_client.policies.act import read_answer
 from vlm2vla_client.policies.base import Answered
 from vlm2vla_client.policies.baseline import ROWS_PER_VERDICT, bridge_rows, bridge_state
@@ -76,6 +77,20 @@ def spread(rows: list[list[float]], per_answer: int) -> list[list[float]]:
     return [row for chunk in chunks for row in [*chunk, *wrong]]
 
 
+T = TypeVar("T")
+STARVED = ("stale_frame", "stale_answer", "s old (limit", "no sign of life")
+
+
+def patiently(attempt: Callable[[Path], tuple[T, RecordedEpisode]], folder: Path) -> T:
+    """The attempt's outcome; made again, twice at most, when a starved computer let pictures or answers grow old: the
+    peers here read out a list and cannot see that a step of it was not made."""
+    for number in range(3):
+        outcome, episode = attempt(folder / str(number))
+        if not any(words in (episode.folder / "events.jsonl").read_text() for words in STARVED):
+            break
+    return outcome
+
+
 @pytest.mark.parametrize("name", BASELINES)
 def test_a_baseline_picks_the_carrot_up_behind_the_same_loop(
     name: str,
@@ -85,13 +100,18 @@ def test_a_baseline_picks_the_carrot_up_behind_the_same_loop(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    script = Script(spread(expert_rows, PER_ANSWER[name]), PER_ANSWER[name])
-    with server(name, script) as url:
-        given = ["run", "--sim", "--task", TASK, "--seed", str(SEED), "--verifier", "twin", "--policy", name]
-        code = main([*given, "--policy-server", url, "--record", str(tmp_path), "--json"])
-    result = json.loads(capsys.readouterr().out)
+
+    def attempt(folder: Path) -> tuple[tuple[int, dict[str, Any], Script, RecordedEpisode], RecordedEpisode]:
+        script = Script(spread(expert_rows, PER_ANSWER[name]), PER_ANSWER[name])
+        with server(name, script) as url:
+            given = ["run", "--sim", "--task", TASK, "--seed", str(SEED), "--verifier", "twin", "--policy", name]
+            code = main([*given, "--policy-server", url, "--record", str(folder), "--json"])
+        result = json.loads(capsys.readouterr().out)
+        episode = read_episode(Path(result["folder"]))
+        return (code, result, script, episode), episode
+
+    code, result, script, episode = patiently(attempt, tmp_path)
     assert (code, result["outcome"], result["success"]) == (0, "verified", True), result
-    episode = read_episode(Path(result["folder"]))
     check_what_was_asked(name, script)
     assert all(len(event["row"]) == 7 for event in episode.of("row"))
     words = ["TASK: Pick up the carrot. PLAN: reach, grasp, lift."] if name == "ecot" else []
@@ -119,9 +139,16 @@ def check_what_was_asked(name: str, script: Script) -> None:
 
 
 def test_a_replay_keeps_the_pace_of_the_verdicts(expert_rows: list[list[float]], tmp_path: Path) -> None:
-    with server("openvla", Script(expert_rows)) as url:
-        old = run("openvla", url, tmp_path / "old")
-    outcome = replay_in_twin(old.folder, tmp_path / "new", SilentProgress())
+    def attempt(folder: Path) -> tuple[RecordedEpisode, RecordedEpisode]:
+        with server("openvla", Script(expert_rows)) as url:
+            old = run("openvla", url, folder)
+        return old, old
+
+    old = patiently(attempt, tmp_path)
+    outcome = patiently(
+        lambda folder: (new := replay_in_twin(old.folder, folder, SilentProgress()), read_episode(new.folder)),
+        tmp_path / "replay",
+    )
     assert outcome.result.success and outcome.same_decisions
     assert outcome.largest_gap_m is not None and outcome.largest_gap_m < 0.005
 
@@ -163,12 +190,20 @@ def test_what_the_filter_refuses_does_not_move(tmp_path: Path) -> None:
     )
 
 
-def test_a_trial_of_eval_is_scored_as_its_kind_of_policy(expert_rows: list[list[float]], tmp_path: Path) -> None:
-    for name, planning in (("openvla", False), ("ecot", True)):
+@pytest.mark.parametrize(("name", "planning"), [("openvla", False), ("ecot", True)])
+def test_a_trial_of_eval_is_scored_as_its_kind_of_policy(
+    name: str, planning: bool, expert_rows: list[list[float]], tmp_path: Path
+) -> None:
+    def attempt(folder: Path) -> tuple[Trial, RecordedEpisode]:
         with server(name, Script(expert_rows)) as url:
-            options = EvalOptions(("pick_carrot",), 1, SEED, tmp_path, name, ("twin",), policy_server=url)
+            options = EvalOptions(
+                ("pick_carrot",), 1, SEED, folder, name, ("twin",), policy_server=url, record=True
+            )
             trial = run_trial(options, "pick_carrot", SEED, None)
-        assert (trial.success, trial.planning, trial.model) == (True, planning, name)
+        return trial, read_episode(next((folder / "episodes").iterdir()))
+
+    trial = patiently(attempt, tmp_path)
+    assert (trial.success, trial.planning, trial.model) == (True, planning, name)
 
 
 NAN = [0.0, 0.0, math.nan, 0.0, 0.0, 0.0, 1.0]

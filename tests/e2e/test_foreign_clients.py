@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,16 +98,28 @@ def episode(policy: Policy, folder: Path) -> RecordedEpisode:
     return read_episode(folder)
 
 
+def driven(chunks: list[str], policy: Callable[[str], Policy], tmp_path: Path) -> RecordedEpisode:
+    """The episode; made again, twice at most, when a starved computer let pictures or answers grow old: the model here
+    reads out a list and cannot see that a row of it was not moved."""
+    for number in range(3):
+        server = reciting(tmp_path / f"server{number}", chunks)
+        try:
+            result = episode(policy(server.url), tmp_path / f"episode{number}")
+        finally:
+            server.close()
+        events = (result.folder / "events.jsonl").read_text()
+        if not any(words in events for words in ("stale_frame", "stale_answer", "s old (limit")):
+            break
+    assert result.summary is not None and result.summary["physics"]["success"] and result.summary["verified"]
+    return result
+
+
 def test_openvla_s_client_picks_the_carrot_up_one_first_row_at_a_time(
     expert: list[list[list[float]]], tmp_path: Path
 ) -> None:
-    server = reciting(tmp_path / "server", [f"[{row}, {JUNK}]" for chunk in expert for row in chunk])
-    try:
-        result = episode(BaselinePolicy(OpenVLAClient(server.url)), tmp_path / "episode")
-    finally:
-        server.close()
-    assert result.summary is not None and result.summary["physics"]["success"] and result.summary["verified"]
     given = [row for chunk in expert for row in chunk]
+    chunks = [f"[{row}, {JUNK}]" for row in given]
+    result = driven(chunks, lambda url: BaselinePolicy(OpenVLAClient(url)), tmp_path)
     moved = [event["row"] for event in result.of("decision")]
     assert [[*row[:3], row[6]] for row in moved][: len(given)] == given
     assert not any(any(row[3:6]) for row in moved)
@@ -114,10 +127,5 @@ def test_openvla_s_client_picks_the_carrot_up_one_first_row_at_a_time(
 
 def test_openpi_s_client_picks_the_carrot_up_chunk_by_chunk(expert: list[list[list[float]]], tmp_path: Path) -> None:
     chunks = [str(chunk[at : at + 5]) for chunk in expert for at in range(0, len(chunk), 5)]
-    server = reciting(tmp_path / "server", chunks)
-    try:
-        result = episode(BaselinePolicy(OpenpiClient(server.url), plans=True, chunks=True), tmp_path / "episode")
-    finally:
-        server.close()
-    assert result.summary is not None and result.summary["physics"]["success"] and result.summary["verified"]
-    assert set(result.summary["plans"]) == {"Do it."}
+    result = driven(chunks, lambda url: BaselinePolicy(OpenpiClient(url), plans=True, chunks=True), tmp_path)
+    assert result.summary is not None and set(result.summary["plans"]) == {"Do it."}
