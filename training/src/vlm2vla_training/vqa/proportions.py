@@ -19,7 +19,7 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     p, z2 = right / n, _Z_95**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z_95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return 0.0 if right == 0 else centre - half, 1.0 if right == n else centre + half
 
 
 def ratio_interval(base: Sequence[bool], tuned: Sequence[bool]) -> tuple[float, float] | None:
