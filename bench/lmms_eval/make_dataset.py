@@ -1,4 +1,4 @@
-"""The twin's VQA benchmark as a task for lmms-eval: pictures of test seeds, questions whose answers the simulator knows.
+"""The twin's VQA benchmark as a task for lmms-eval: pictures of test seeds, questions the simulator can answer.
 
     python bench/lmms_eval/make_dataset.py --questions 5 --out work/twin_vqa
 

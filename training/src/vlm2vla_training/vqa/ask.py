@@ -39,10 +39,10 @@ class Server:
         """The weights' hash of the base and of each adapter asked for, base first.
 
         Args:
-            wanted: names of adapters; empty: the one that the server uses by default.
+            wanted: names of adapters; empty: the one that the server uses by default, if that is one.
 
         Raises:
-            DataError: no server answers. UsageError: it has no such adapter, or none at all.
+            DataError: no server answers. UsageError: it has no such adapter.
         """
         try:
             response = self._client.get("/info").raise_for_status()
@@ -52,8 +52,8 @@ class Server:
         hashes = {adapter.name: adapter.hash for adapter in info.adapters}
         names = [name for name in (wanted or [info.model]) if name != BASE_MODEL_NAME]
         unknown = [name for name in names if name not in hashes]
-        if unknown or not names:
-            raise UsageError(f"the server has the adapters {sorted(hashes)}; --models asks for {unknown or 'none'}")
+        if unknown:
+            raise UsageError(f"the server has the adapters {sorted(hashes)}; --models asks for {unknown}")
         return {BASE_MODEL_NAME: str(info.base_hash), **{name: hashes[name] for name in names}}
 
     def ask(self, model: str, question: Question, wording: str) -> str:

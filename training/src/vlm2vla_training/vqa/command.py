@@ -56,7 +56,8 @@ def run_vqa(args: argparse.Namespace) -> int:
     print("\n".join(lines))
     summary = {**settings, **result}
     write_report(args.out, summary, list(models))
-    finish("vqa", args.out, summary, started, "; ".join(_kept(model, one) for model, one in kept.items()))
+    line = "; ".join(_kept(model, one) for model, one in kept.items()) or "the base alone was asked"
+    finish("vqa", args.out, summary, started, line)
     return 0
 
 
