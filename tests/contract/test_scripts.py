@@ -184,6 +184,8 @@ import json, pathlib, sys, urllib.request
 root, arguments = pathlib.Path(__file__).parents[2], sys.argv[1:]
 with (root / "commands.jsonl").open("a") as file:
     file.write(json.dumps(["client", *arguments]) + "\\n")
+if "--server" in arguments:
+    assert urllib.request.urlopen(arguments[arguments.index("--server") + 1] + "/readyz", timeout=5).status == 200
 if "--suite" in arguments:
     out, suite = (pathlib.Path(arguments[arguments.index(name) + 1]) for name in ("--out", "--suite"))
     out.mkdir(parents=True, exist_ok=True)
@@ -222,6 +224,9 @@ def test_evening_goes_from_recordings_to_success_before_and_after(checkout: Path
     assert {one[one.index("--seed") + 1] for one in measured} == {"1000000"}
     assert commands[-1][1] == "run" and "that one failed" in done.stdout
     assert server_stopped(checkout)
+    (checkout / "server-fails").touch()
+    done = evening(checkout, str(checkout / "again"))
+    assert done.returncode == 4 and "cannot load the model" in done.stderr
 
 
 def test_evening_takes_recordings_of_ones_own_and_knows_its_options(checkout: Path) -> None:
