@@ -1,50 +1,49 @@
-"""A small VQA data set of the twin for lmms-eval: test pictures, questions whose answers the simulator knows.
+"""The twin's VQA benchmark as a task for lmms-eval: pictures of test seeds, questions the simulator can answer.
 
-    python bench/lmms_eval/make_dataset.py --questions 40 --out twin_vqa.parquet
+    python bench/lmms_eval/make_dataset.py --questions 5 --out work/twin_vqa
 
-Columns image, question, answer. Seeds from 1,000,000 on, which no training picture has. Needs the extras of .venv.
+writes the task's two files and twin_vqa.parquet with the columns image, question, answer. Questions are in the words of
+the base's training, or with --other in words that it never saw. Needs the extras of .venv.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import shutil
 from pathlib import Path
 
 import datasets
-import numpy as np
 from PIL import Image
 
-from vlm2vla_training import pretrain_data
+from vlm2vla_training.vqa.questions import OTHER, QUESTIONS, TRAINED, questions
 
-FIRST_SEED = 1_000_000
-KINDS = (pretrain_data.q_there, pretrain_data.q_held, pretrain_data.q_colour, pretrain_data.q_compare)
+HERE = Path(__file__).parent
+TASK_FILES = ("twin_vqa.yaml", "twin_vqa.py")
 
 
-def rows(count: int) -> list[dict[str, object]]:
-    """One question a picture, the kinds in turn."""
+def rows(count: int, wording: str) -> list[dict[str, object]]:
     made: list[dict[str, object]] = []
-    seed = FIRST_SEED
-    while len(made) < count:
-        shown, rng = pretrain_data.still(seed), np.random.default_rng(seed)
-        seed += 1
-        pair = KINDS[len(made) % len(KINDS)](shown[1], rng) if shown is not None else None
-        if shown is None or pair is None:
-            continue
+    for one in questions(count):
         buffer = io.BytesIO()
-        Image.fromarray(shown[0]).save(buffer, format="PNG")
-        made.append({"image": {"bytes": buffer.getvalue(), "path": None}, "question": pair[0], "answer": pair[1]})
+        Image.fromarray(one.picture).save(buffer, format="PNG")
+        image = {"bytes": buffer.getvalue(), "path": None}
+        made.append({"image": image, "question": one.texts[wording], "answer": one.answer})
     return made
 
 
 def main() -> None:
-    """Write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", type=int, default=40)
-    parser.add_argument("--out", type=Path, default=Path("twin_vqa.parquet"))
+    parser.add_argument("--questions", type=int, default=5, help=f"of each of {len(QUESTIONS)} kinds")
+    parser.add_argument("--other", action="store_true", help="in words never seen in training")
+    parser.add_argument("--out", type=Path, default=Path("work/twin_vqa"), help="folder for --include-path")
     options = parser.parse_args()
-    table = datasets.Dataset.from_list(rows(options.questions)).cast_column("image", datasets.Image())
-    table.to_parquet(str(options.out))
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in TASK_FILES:
+        shutil.copyfile(HERE / name, options.out / name)
+    made = rows(options.questions, OTHER if options.other else TRAINED)
+    table = datasets.Dataset.from_list(made).cast_column("image", datasets.Image())
+    table.to_parquet(str(options.out / "twin_vqa.parquet"))
     print(f"{len(table)} questions in {options.out}")
 
 

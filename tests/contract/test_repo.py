@@ -137,7 +137,7 @@ def test_vllm_goes_with_the_same_versions_on_a_gpu_as_on_the_cpu_where_it_was_ru
     assert "have NOT been run" in (ROOT / "constraints-vllm-cuda.txt").read_text()
 
 
-SCRIPTS = ["demo", "test", "soak", "install-client", "install-server", "host-setup", "language-data"]
+SCRIPTS = ["demo", "test", "soak", "install-client", "install-server", "host-setup", "language-data", "evening"]
 
 
 @pytest.mark.parametrize("script", [*(f"scripts/{name}" for name in SCRIPTS), ".ci/run"])

@@ -167,3 +167,74 @@ def test_soak_runs_its_program_with_the_other_arguments(checkout: Path, argument
     (checkout / "bench/soak_server.py").write_text("import sys; print(sys.argv[1:]); sys.exit(1)")
     done = subprocess.run([str(checkout / "scripts/soak"), *arguments], capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stdout.strip()) == (1, "['--robots', '2']"), done.stderr
+
+
+TRAIN = """#!{python}
+import json, pathlib, sys
+arguments = sys.argv[1:]
+with (pathlib.Path(__file__).parents[2] / "commands.jsonl").open("a") as file:
+    file.write(json.dumps(["train", *arguments]) + "\\n")
+out = pathlib.Path(arguments[arguments.index("--out") + 1])
+out.mkdir(parents=True, exist_ok=True)
+(out / "summary.json").write_text(json.dumps({{"seconds": 60.0, "steps": 7}}))
+"""
+
+MEASURE = """#!{python}
+import json, pathlib, sys, urllib.request
+root, arguments = pathlib.Path(__file__).parents[2], sys.argv[1:]
+with (root / "commands.jsonl").open("a") as file:
+    file.write(json.dumps(["client", *arguments]) + "\\n")
+if "--server" in arguments:
+    assert urllib.request.urlopen(arguments[arguments.index("--server") + 1] + "/readyz", timeout=5).status == 200
+if "--suite" in arguments:
+    out, suite = (pathlib.Path(arguments[arguments.index(name) + 1]) for name in ("--out", "--suite"))
+    out.mkdir(parents=True, exist_ok=True)
+    right = 9 if out.name == "after" else 1
+    one = {{"successes": right, "trials": 10, "wilson_95": {{"low": 0.1, "high": 0.9}}}}
+    (out / "summary.json").write_text(json.dumps({{"suites": {{suite.name: one}}}}))
+sys.exit(3 if arguments[0] == "run" else 0)
+"""
+
+
+def evening(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(checkout / "scripts/evening"), *arguments], capture_output=True, text=True, timeout=60)
+
+
+def test_evening_goes_from_recordings_to_success_before_and_after(checkout: Path) -> None:
+    for name, text in (("vlm2vla-train", TRAIN), ("vlm2vla-client", MEASURE)):
+        (checkout / ".venv/bin" / name).write_text(text.format(python=sys.executable))
+        (checkout / ".venv/bin" / name).chmod(0o755)
+    out = checkout / "out"
+    done = evening(checkout, str(out), "--steps", "7", "--trials", "10")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((out / "evening.json").read_text())
+    assert [result[name]["successes"] for name in ("before", "after", "kept_before", "kept")] == [1, 9, 1, 1]
+    assert result["after"]["suite"] == "pick_carrot_es" and result["kept"]["suite"] == "pick_carrot"
+    assert result["seconds_in_all"] == 60.0 * len(result["seconds"]) == 660.0 and result["steps"] == 7
+    commands = [json.loads(line) for line in (checkout / "commands.jsonl").read_text().splitlines()]
+    assert "expert" in commands[0] and "--record" in commands[0]
+    assert commands[1][1] == "ingest" and str(out / "recorded/episodes") in commands[1]
+    trained = next(one for one in commands if one[1] == "sft")
+    assert str(checkout / "models/twin/adapter") in trained and trained.count("--examples") == 3
+    assert [one[one.index("--means") + 1] for one in commands if "--means" in one] == [
+        "recoge la zanahoria=pick up the carrot"
+    ]
+    measured = [one for one in commands if one[:2] == ["client", "eval"] and "--verifier" in one][1:]
+    assert [one[one.index("--model") + 1] for one in measured] == ["twin", "evening", "twin", "evening"]
+    assert {one[one.index("--seed") + 1] for one in measured} == {"1000000"}
+    assert commands[-1][1] == "run" and "that one failed" in done.stdout
+    assert server_stopped(checkout)
+    (checkout / "server-fails").touch()
+    done = evening(checkout, str(checkout / "again"))
+    assert done.returncode == 4 and "cannot load the model" in done.stderr
+
+
+def test_evening_takes_recordings_of_ones_own_and_knows_its_options(checkout: Path) -> None:
+    (checkout / ".venv/bin/vlm2vla-train").write_text("#!/bin/sh\necho \"$@\" >> \"$0.log\"; exit 1\n")
+    (checkout / ".venv/bin/vlm2vla-train").chmod(0o755)
+    assert evening(checkout, str(checkout / "out"), "--recordings", "mine").returncode == 1, "the first failure ends it"
+    told = (checkout / ".venv/bin/vlm2vla-train.log").read_text()
+    assert told.startswith("ingest --format recordings --input mine") and told.count("\n") == 1
+    for wrong in ([], ["--steps", "3"], ["out", "--steps"], ["out", "--what", "1"]):
+        assert evening(checkout, *wrong).returncode == 2
+    assert "50 demonstrations" in evening(checkout, "--help").stdout

@@ -6,21 +6,16 @@ from training_fakes import PICK, episode_of, write_recording
 from vlm2vla_training.cli import main
 from vlm2vla_training.episodes.parquet import EpisodeDataset, EpisodeWriter
 
-COMMANDS = ["demos", "ingest", "annotate", "curate", "sft", "export", "tokens", "logprobs", "predict", "estimate"]
-UNBUILT = ["vqa"]
+COMMANDS = [
+    "demos", "ingest", "annotate", "curate", "sft", "export", "tokens", "logprobs", "predict", "vqa", "estimate",
+]
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, *UNBUILT])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0 and command in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("command", UNBUILT)
-def test_what_is_not_built_says_so(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([command]) == 2 and main([command, "--model", "x", "--out", "y"]) == 2
-    assert "not built yet" in capsys.readouterr().err
 
 
 def test_missing_data_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

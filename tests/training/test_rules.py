@@ -4,6 +4,8 @@ from training_fakes import EGGPLANT_FISH, PICK, PLACE, RETRY, Segment, episode_o
 from vlm2vla_training.annotation.base import AnnotatedEpisode
 from vlm2vla_training.annotation.instruction import Goal, parse_instruction
 from vlm2vla_training.annotation.rules import RulesAnnotator
+from vlm2vla_training.commands import meanings
+from vlm2vla_training.errors import UsageError
 
 
 def titles(segments: list[Segment], instruction: str, noise_m: float = 0.0, seed: int = 0) -> list[str]:
@@ -72,6 +74,21 @@ def test_boundaries_of_pick() -> None:
 
 def test_no_gripper_event_is_one_approach() -> None:
     assert titles([(0.1, 0.0, 0.0, 1, 5)], "push the blue cup") == ["Move to Blue Cup"]
+
+
+def test_an_own_phrase_means_what_it_was_said_to_mean() -> None:
+    rules = RulesAnnotator({"recoge la zanahoria": "pick up the carrot"})
+    told = rules.annotate(episode_of(PICK, "Recoge  la zanahoria"))
+    assert [step.step_description for step in told.steps] == ["Move to Carrot", "Grasp Carrot", "Lift Carrot"]
+    assert told.instruction == "Recoge  la zanahoria", "the episode keeps its own words"
+    assert rules.annotate(episode_of(PICK, "pick up the fish")).steps[0].step_description == "Move to Fish"
+
+
+@pytest.mark.parametrize("given", [["feierabend"], ["=pick up"], ["a=b", "a=c"]])
+def test_meanings_that_are_none_are_refused(given: list[str]) -> None:
+    assert meanings(["a=b", "c = d"]) == {"a": "b", "c": "d"}
+    with pytest.raises(UsageError, match="--means"):
+        meanings(given)
 
 
 @pytest.mark.parametrize(

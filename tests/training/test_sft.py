@@ -206,3 +206,42 @@ def test_full_fine_tune_is_a_whole_model(base: Path, curated: Path, tmp_path: Pa
     card = ModelCard.read(tmp_path / "model")
     assert (card.adapter_scope, card.adapted_modules) == ("full", 0)
     assert (tmp_path / "model" / "config.json").exists() and (tmp_path / "model" / "tokenizer.json").exists()
+
+
+def test_a_run_goes_on_from_an_exported_adapter(
+    base: Path, curated: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = tmp_path / "start"
+    assert main(["export", "--run", str(run), "--out", str(start), "--no-references", "--dtype", "float32"]) == 0
+    still = ["--adapter", str(start), "--learning-rate", "1e-12", "--max-steps", "1", "--save-steps", "1"]
+    assert sft(base, curated, tmp_path / "on", *still) == 0
+    before, after = (load_file(f / "adapter_model.safetensors") for f in (start, tmp_path / "on/adapter"))
+    assert before.keys() == after.keys()
+    assert all(np.allclose(before[name], after[name], atol=1e-7) for name in before), "its weights are the beginning"
+    assert sft(base, curated, tmp_path / "on", *still) == 0, "the same command resumes"
+    moved = ["--adapter", str(start), "--max-steps", "1", "--warmup-steps", "0"]
+    assert sft(base, curated, tmp_path / "moved", *moved) == 0
+    changed = load_file(tmp_path / "moved/adapter/adapter_model.safetensors")
+    assert any(not np.allclose(before[name], changed[name], atol=1e-5) for name in before), "and it is trained"
+    assert sft(base, curated, tmp_path / "on", "--max-steps", "1", "--save-steps", "1", "--learning-rate", "1e-12") == 2
+    assert "continued_from" in capsys.readouterr().err
+    assert main(["export", "--run", str(tmp_path / "on"), "--out", str(tmp_path / "end"), "--no-references"]) == 0
+    told = ModelCard.read(tmp_path / "end").training["continued_from"]
+    assert told["name"] == ModelCard.read(start).name and len(told["weights_hash"]) == 64
+
+
+def test_an_adapter_that_does_not_fit_is_not_continued(
+    base: Path, curated: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start, other = tmp_path / "start", tmp_path / "other"
+    assert main(["export", "--run", str(run), "--out", str(start), "--no-references"]) == 0
+    write_random_base(other, seed=1)
+    for more, reason in (
+        (["--rank", "8"], "rank 16, not 8"),
+        (["--scope", "all_linear"], "its scope"),
+        (["--full-finetune"], "full fine-tune"),
+    ):
+        assert sft(base, curated, tmp_path / "run", "--adapter", str(start), *more) == 2
+        assert reason in capsys.readouterr().err
+    assert sft(other, curated, tmp_path / "run", "--adapter", str(start)) == 2
+    assert "its base_hash" in capsys.readouterr().err and not (tmp_path / "run").exists()

@@ -14,27 +14,24 @@ from vlm2vla_training.errors import MissingExtraError, NotBuiltError, UsageError
 
 # Optional module -> the extra that brings it.
 _EXTRAS = {"mujoco": "sim", "torch": "train", "transformers": "train", "trl": "train", "peft": "train",
-           "matplotlib": "train", "google": "gemini", "pyrate_limiter": "gemini", "tenacity": "gemini",
-           "ray": "ray"}  # fmt: skip
+           "matplotlib": "train", "httpx": "sim", "google": "gemini", "pyrate_limiter": "gemini",
+           "tenacity": "gemini", "ray": "ray"}  # fmt: skip
 # Those of sft.py, which needs torch to be imported; a test compares.
 _PRESETS = ("twin", "paper", "servable", "at", "nr", "qwen", "full_finetune", "qlora")
 _SCOPES = ("language_model", "paper", "all_linear")
-_NOT_BUILT = {
-    "vqa": "visual question answering retention (Table 1)",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand.
 
     Returns:
-        0 done, 1 a data or training error, 2 usage or a command that is not built yet, 130 interrupted.
+        0 done, 1 a data or training error, 2 usage or something that is not built yet, 130 interrupted.
     """
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     if args.command == "pretrain":
         args.rest = rest
-    elif rest and args.command not in _NOT_BUILT:
+    elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return _dispatch(args)
@@ -50,8 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(args: argparse.Namespace) -> int:
-    if args.command in _NOT_BUILT:
-        raise NotBuiltError(f"not built yet ({_NOT_BUILT[args.command]})")
     module, function = args.target.split(":")
     try:
         run = getattr(importlib.import_module(f"vlm2vla_training.{module}"), function)
@@ -78,10 +73,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_tokens(commands)
     _add_logprobs(commands)
     _add_predict(commands)
+    _add_vqa(commands)
     _add_estimate(commands)
     _add_export_lerobot(commands)
-    for name, purpose in _NOT_BUILT.items():
-        commands.add_parser(name, help=f"{purpose} (not built yet)").add_argument("rest", nargs="*")
     return parser
 
 
@@ -137,6 +131,10 @@ def _add_annotate(commands: Commands[argparse.ArgumentParser]) -> None:
     command.add_argument(
         "--annotated", type=Path, help="corrections: the annotations they are laid on; default: those of rules"
     )
+    command.add_argument(
+        "--means", action="append", default=[], metavar="TEXT=ENGLISH",
+        help="rules: what an instruction in words of your own says in the English that they read; repeatable",
+    )  # fmt: skip
     gemini = command.add_argument_group("gemini", "key in GEMINI_API_KEY; --prices and --max-usd are required")
     gemini.add_argument("--prices", type=Path, help="TOML: a table a model, input_usd and output_usd a million tokens")
     gemini.add_argument("--max-usd", type=float, help="stop before more could be spent, earlier runs in --out included")
@@ -206,6 +204,7 @@ def _add_sft(commands: Commands[argparse.ArgumentParser]) -> None:
     command = _command(commands, "sft", "sft:run_sft", "fine-tune a base model on curated examples (TRL and PEFT)")
     command.add_argument("--base", type=Path, required=True, help="base model folder")
     command.add_argument("--examples", type=Path, action="append", required=True, help="folder of curate; repeatable")
+    command.add_argument("--adapter", type=Path, default=None, help="exported adapter to go on from; default: none")
     command.add_argument("--preset", choices=_PRESETS, default="twin", help="paper: Table 4 as printed")
     command.add_argument(
         "--scope", choices=_SCOPES, default=None,
@@ -291,6 +290,25 @@ def _add_predict(commands: Commands[argparse.ArgumentParser]) -> None:
     command.add_argument("--plan", choices=("own", "logged"), default="own", help="whose motion plan the rows follow")
     command.add_argument("--limit", type=int, default=0, help="at most this many episodes; 0 all")
     _add_model(command)
+
+
+def _add_vqa(commands: Commands[argparse.ArgumentParser]) -> None:
+    text = "what an adapter keeps of its base's question answering: Table 1 by lmms-eval, or the twin's benchmark"
+    command = _command(commands, "vqa", "vqa.command:run_vqa", text)
+    command.add_argument(
+        "--benchmarks", default="twin", metavar="WHICH",
+        help="twin (needs nothing else), table1 (the paper's twelve), or lmms-eval's TASK[=METRIC] by commas",
+    )  # fmt: skip
+    command.add_argument("--server", default="http://127.0.0.1:8000", help="where vlm2vla-server answers")
+    command.add_argument("--api-key", default=None, help="sent as a bearer token (or set VLM2VLA_API_KEY)")
+    command.add_argument("--models", default=None, help="adapters beside the base, by commas; default: the server's")
+    command.add_argument("--concurrent", type=int, default=4, help="requests at a time; not above --max-concurrency")
+    command.add_argument("--questions", type=int, default=60, help="twin: questions of each kind, in two wordings")
+    command.add_argument("--seed", type=int, default=1_000_000, help="twin: first seed; from 1000000 on tests")
+    command.add_argument("--lmms-python", type=Path, default=None, help="python of the environment with lmms-eval")
+    command.add_argument("--include-path", type=Path, default=None, help="lmms-eval: folder of your own task files")
+    command.add_argument("--limit", type=int, default=0, help="lmms-eval: questions a task; 0 all")
+    command.add_argument("--check-tasks", action="store_true", help="only compare Table 1 with the lmms-eval there")
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:

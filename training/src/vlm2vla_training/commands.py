@@ -22,6 +22,8 @@ def run_annotate(args: argparse.Namespace) -> int:
     """`annotate`: episodes -> annotated.jsonl."""
     if args.annotated is not None and args.annotator != "corrections":
         raise UsageError("--annotated is what --annotator corrections is laid on; other annotators start from the log")
+    if args.means and args.annotator != "rules":
+        raise UsageError("--means is for --annotator rules; corrections are laid on what rules wrote (--annotated)")
     if args.annotator == "gemini":
         from vlm2vla_training.annotation.gemini_command import run_gemini  # needs the extra gemini
 
@@ -53,9 +55,25 @@ def run_annotate(args: argparse.Namespace) -> int:
     return 0
 
 
+def meanings(given: list[str]) -> dict[str, str]:
+    """Split each TEXT=ENGLISH of `--means`.
+
+    Raises:
+        UsageError: a side is empty, or one text was given two meanings.
+    """
+    found: dict[str, str] = {}
+    for pair in given:
+        text, _, english = (part.strip() for part in pair.partition("="))
+        if not text or not english:
+            raise UsageError(f"--means {pair!r}: expected TEXT=ENGLISH")
+        if found.setdefault(text, english) != english:
+            raise UsageError(f"--means gives {text!r} two meanings: {found[text]!r} and {english!r}")
+    return found
+
+
 def _annotator(args: argparse.Namespace) -> Annotator:
     if args.annotator == "rules":
-        return RulesAnnotator()
+        return RulesAnnotator(meanings(args.means))
     if args.annotated is None:
         return on_annotator(RulesAnnotator())
     under = OnAnnotated(read_annotated(args.annotated))

@@ -143,6 +143,8 @@ def model_card(
     variant = summary["variant"]
     stages: list[Stage] = ["actions"] if variant == "nr" else ["subtasks", "motion_plan", "actions"]
     training = {key: summary[key] for key in _TRAINING_FACTS}
+    if summary.get("continued_from"):
+        training["continued_from"] = summary["continued_from"]
     return ModelCard(
         name=args.name,
         base_model=base.name,

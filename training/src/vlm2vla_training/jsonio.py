@@ -10,7 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from vlm2vla_training.errors import DataError
+from vlm2vla_training.errors import DataError, UsageError
+
+SETTINGS_FILE = "run.json"
 
 
 def write_json(path: Path, value: object) -> None:
@@ -102,3 +104,18 @@ def sha256_of_files(paths: list[Path]) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def same_run(out: Path, settings: dict[str, Any]) -> None:
+    """Note what identifies a run in `out`; a folder that holds another run is refused.
+
+    Raises:
+        UsageError: the settings there are others.
+    """
+    path = out / SETTINGS_FILE
+    if path.exists():
+        before = read_json(path)
+        changed = sorted(key for key in settings if before.get(key) != settings[key])
+        if changed:
+            raise UsageError(f"{out} holds a run with other settings ({', '.join(changed)}); choose another --out")
+    write_json(path, settings)

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch.utils.tensorboard import SummaryWriter
 from transformers import (
     AutoConfig,
@@ -41,7 +41,7 @@ from vlm2vla_schema.types import ModelCard
 from vlm2vla_training.cpu_attention import CPU_ATTENTION
 from vlm2vla_training.curation.dataset import ExampleSet, load_examples
 from vlm2vla_training.errors import DataError, UsageError
-from vlm2vla_training.jsonio import read_json, read_jsonl, write_json
+from vlm2vla_training.jsonio import read_json, read_jsonl, sha256_of_files, write_json
 from vlm2vla_training.progress import finish
 from vlm2vla_training.sft_data import Collator, Encoder, check_parity, dump, encode_all
 
@@ -154,6 +154,31 @@ def check_adapted(model: torch.nn.Module, config: Any, scope: str) -> int:
     if found != expected:
         raise DataError(f"scope {scope!r} adapted {found} modules of {config.model_type}; expected {expected}")
     return found
+
+
+def continued_from(adapter: Path | None, base: ModelCard, preset: Preset, variant: str) -> dict[str, str] | None:
+    """Identify the exported adapter that a run begins with; None for a fresh one.
+
+    Raises:
+        UsageError: it is of another base, variant, rank or scope than this run, or every weight is to be trained.
+    """
+    if adapter is None:
+        return None
+    if preset.full:
+        raise UsageError("--adapter begins with an adapter's weights; a full fine-tune has none")
+    card = ModelCard.read(adapter)
+    expected: dict[str, Any] = {"base_hash": base.base_hash, "variant": variant, "rank": preset.rank,
+                                "alpha": preset.alpha, "scope": SCOPES[preset.scope]}  # fmt: skip
+    stored = read_json(adapter / "adapter_config.json")
+    found: dict[str, Any] = {"base_hash": card.base_hash, "variant": card.training.get("variant", variant),
+                             "rank": stored["r"], "alpha": stored["lora_alpha"],
+                             "scope": stored["target_modules"]}  # fmt: skip
+    if isinstance(found["scope"], list) and isinstance(expected["scope"], list):
+        found["scope"], expected["scope"] = sorted(found["scope"]), sorted(expected["scope"])
+    other = [f"{key} {found[key]!r}, not {expected[key]!r}" for key in expected if found[key] != expected[key]]
+    if other:
+        raise UsageError(f"{adapter} cannot be continued by this run: its {'; its '.join(other)}")
+    return {"name": card.name, "weights_hash": sha256_of_files(sorted(adapter.glob("*.safetensors")))}
 
 
 def run_sft(args: argparse.Namespace) -> int:
@@ -272,11 +297,13 @@ def run_settings(args: argparse.Namespace, preset: Preset, base: ModelCard) -> d
             "choose another preset, or curate with --variant"
         )
     hashes = [summary["data_hash"] for summary in summaries]
+    variant = str(variants.pop())
+    continued = continued_from(args.adapter, base, preset, variant)
     return {
         "base": base.name,
         "base_path": str(args.base),
         "base_hash": base.base_hash,
-        "variant": variants.pop(),
+        "variant": variant,
         "sources": sorted({name for summary in summaries for name in summary.get("sources", [])}),
         "plan_source": summaries[0]["options"]["plan_source"],
         "data_hash": hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest(),
@@ -285,6 +312,7 @@ def run_settings(args: argparse.Namespace, preset: Preset, base: ModelCard) -> d
         "seed": args.seed,
         "kinds_chosen": args.kinds,
         "held_out": args.held_out,
+        "continued_from": continued,
         "preset": {"name": args.preset, **dataclasses.asdict(preset)},
     }
 
@@ -353,6 +381,8 @@ def build_trainer(
     """
     model = load_base(args.base, preset)
     config = model.config
+    if args.adapter is not None:
+        model = PeftModel.from_pretrained(model, str(args.adapter), is_trainable=True)
     trainer = SFTTrainer(
         model=model,
         args=training_arguments(args, preset, held_out is not None),
@@ -360,7 +390,7 @@ def build_trainer(
         eval_dataset=held_out,
         data_collator=lambda rows: {name: torch.from_numpy(array) for name, array in collator(rows).items()},
         processing_class=processor,
-        peft_config=None if preset.full else lora_config(preset),
+        peft_config=None if preset.full or args.adapter is not None else lora_config(preset),
         callbacks=callbacks(args),
     )
     if args.compile:

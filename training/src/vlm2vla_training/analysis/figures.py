@@ -88,6 +88,37 @@ def loss_figure(log: Sequence[Mapping[str, float]]) -> Figure:
     return figure
 
 
+def accuracy_figure(
+    names: Sequence[str],
+    values: Mapping[str, Sequence[float]],
+    spans: Mapping[str, Sequence[tuple[float, ...]]],
+    label: str,
+) -> Figure:
+    """Bars by benchmark, one colour a model, with intervals where there are any.
+
+    Args:
+        names: of the benchmarks. values: model -> a value for each. spans: model -> (low, high) for each, in the same
+            unit. label: of the axis, with its unit.
+    """
+    figure = _figure(max(6.0, 1.0 + 0.35 * len(names) * max(1, len(values))), 3.4)
+    axes = figure.subplots()
+    _style(axes)
+    width = 0.8 / max(1, len(values))
+    for index, (model, heights) in enumerate(values.items()):
+        centres = np.arange(len(names)) + (index - (len(values) - 1) / 2) * width
+        axes.bar(centres, list(heights), width * 0.9, color=SERIES[index % len(SERIES)], label=model, zorder=2)
+        if model in spans:
+            ends, middle = np.asarray(spans[model], dtype=np.float64).T, np.asarray(list(heights))
+            whiskers = np.clip(np.stack([middle - ends[0], ends[1] - middle]), 0.0, None)
+            axes.errorbar(centres, middle, yerr=whiskers, fmt="none", ecolor=INK, elinewidth=1, capsize=2, zorder=3)
+    axes.set_xticks(range(len(names)), list(names), rotation=25, ha="right")
+    axes.set_ylabel(label, fontsize=9)
+    axes.grid(axis="y", color=GRID, zorder=0)
+    figure.legend(loc="upper center", ncols=max(1, len(values)), frameon=False, fontsize=9)
+    figure.subplots_adjust(top=0.88)
+    return figure
+
+
 def svg_url(figure: Figure) -> str:
     """The figure as a `data:` URL, for a page that loads nothing."""
     buffer = io.BytesIO()

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from vlm2vla_schema.parsing import parse_actions
 from vlm2vla_schema.types import ModelCard
 from vlm2vla_training.analysis.figures import log_probability_figure, save
-from vlm2vla_training.analysis.model import LoadedModel, same_run
+from vlm2vla_training.analysis.model import LoadedModel
 from vlm2vla_training.analysis.representations import LABELS, NAMES, Bins, Representations, Rows, least_likely
 from vlm2vla_training.curation.dataset import ExampleSet, load_examples
 from vlm2vla_training.errors import UsageError
-from vlm2vla_training.jsonio import JsonlAppender, read_json, read_jsonl, write_json
+from vlm2vla_training.jsonio import JsonlAppender, read_json, read_jsonl, same_run, write_json
 from vlm2vla_training.progress import finish, track
 from vlm2vla_training.sft import merged
 from vlm2vla_training.sft_data import Collator, Tokens

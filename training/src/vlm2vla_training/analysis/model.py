@@ -12,11 +12,7 @@ from peft import PeftModel
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from vlm2vla_training.errors import UsageError
-from vlm2vla_training.jsonio import read_json, write_json
 from vlm2vla_training.sft_data import Encoder, image_token
-
-SETTINGS_FILE = "run.json"
 
 
 class LoadedModel:
@@ -69,18 +65,3 @@ class LoadedModel:
             torch.log_softmax(logits[row, torch.nonzero(marked)[:, 0] - 1].float(), dim=-1)
             for row, marked in enumerate(labels != -100)
         ]
-
-
-def same_run(out: Path, settings: dict[str, Any]) -> None:
-    """Note what identifies a run in `out`; a folder that holds another run is refused.
-
-    Raises:
-        UsageError: the settings there are others.
-    """
-    path = out / SETTINGS_FILE
-    if path.exists():
-        before = read_json(path)
-        changed = sorted(key for key in settings if before.get(key) != settings[key])
-        if changed:
-            raise UsageError(f"{out} holds a run with other settings ({', '.join(changed)}); choose another --out")
-    write_json(path, settings)

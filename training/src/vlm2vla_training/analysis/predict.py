@@ -25,7 +25,7 @@ from vlm2vla_schema.messages import DEFAULT_MOTION_PLAN_MAX_TOKENS
 from vlm2vla_schema.parsing import parse_actions, parse_motion_plan
 from vlm2vla_schema.types import ModelCard
 from vlm2vla_training.analysis.comparison import aggregate, compare, plan_agreement
-from vlm2vla_training.analysis.model import LoadedModel, same_run
+from vlm2vla_training.analysis.model import LoadedModel
 from vlm2vla_training.annotation.base import AnnotatedEpisode, AnnotatedStep
 from vlm2vla_training.annotation.files import read_annotated
 from vlm2vla_training.curation.decisions import choose
@@ -33,7 +33,7 @@ from vlm2vla_training.curation.examples import ExampleOptions, examples_of
 from vlm2vla_training.episodes.base import Episode
 from vlm2vla_training.episodes.parquet import EpisodeDataset
 from vlm2vla_training.errors import DataError, UsageError
-from vlm2vla_training.jsonio import JsonlAppender, read_jsonl, sha256_of_files
+from vlm2vla_training.jsonio import JsonlAppender, read_jsonl, same_run, sha256_of_files
 from vlm2vla_training.progress import finish, track
 from vlm2vla_training.sft import split_by_episode
 

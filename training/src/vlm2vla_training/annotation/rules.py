@@ -6,6 +6,7 @@ appendix B.1. For clean pick and place logs it stands in for the paper's Gemini 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -71,9 +72,17 @@ class _Piece:
 
 
 class RulesAnnotator:
-    """Annotator by rules; see the module text. Stateless."""
+    """Annotator by rules; see the module text.
+
+    `means` says of instructions in words that the rules do not read (another language, a lab's own phrase) what they
+    are in English; case and outer spaces do not count. The episode keeps its own words.
+    """
 
     name = "rules-2"
+
+    def __init__(self, means: Mapping[str, str] | None = None) -> None:
+        """Keep the meanings."""
+        self._means = {_canonical(text): english for text, english in (means or {}).items()}
 
     def annotate(self, episode: Episode) -> AnnotatedEpisode:
         """Split and describe one episode.
@@ -83,7 +92,7 @@ class RulesAnnotator:
         """
         if not len(episode):
             raise DataError(f"episode {episode.key} has no rows")
-        goals = parse_instruction(episode.instruction)
+        goals = parse_instruction(self._means.get(_canonical(episode.instruction), episode.instruction))
         gripper = binary_gripper(episode.actions[:, 6])
         motion = episode.actions[:, :3]
         grasps, notes = _grasps(gripper, motion)
@@ -102,6 +111,10 @@ class RulesAnnotator:
         return AnnotatedEpisode(
             episode.key, episode.instruction, self.name, steps, {**audit_steps(episode, steps), "notes": notes}
         )
+
+
+def _canonical(text: str) -> str:
+    return " ".join(text.casefold().split())
 
 
 @dataclass(frozen=True)
