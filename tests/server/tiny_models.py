@@ -38,7 +38,7 @@ def write_adapter(base: Path, folder: Path, seed: int, *, active: bool = True, *
 
 def write_proven_adapter(base: Path, folder: Path, seed: int, **card: Any) -> Path:
     """An active adapter whose card is complete, as `export` leaves it: hash, module count and references."""
-    from vlm2vla_training.export import measure_references  # here: .venv-vllm lacks what it imports
+    from vlm2vla_training.references import measure_references  # here: .venv-vllm lacks what it imports
 
     write_adapter(base, folder, seed, **card)
     linears = 7 * int(json.loads((base / "config.json").read_text())["text_config"]["num_hidden_layers"])
