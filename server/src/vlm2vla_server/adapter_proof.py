@@ -201,5 +201,6 @@ def scope_problem(name: str, folder: Path) -> str | None:
         return None
     return (
         f"adapter {name!r} adapts modules outside the language model ({len(outside)} of {len(names)} tensors, e.g. "
-        f"{outside[0]}), which engines apply differently; train it on the language model's linears only"
+        f"{outside[0]}), which engines apply differently; train it on the language model's linears only, or merge it "
+        "(vlm2vla-train export --format merged)"
     )

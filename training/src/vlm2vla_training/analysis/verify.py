@@ -44,8 +44,10 @@ NEAR_ROWS = 3
 
 @dataclass(frozen=True)
 class Pair:
-    """One example with what is known about it. sort: "done", and of negatives "hard" (at most three rows before the
-    end), "earlier" (further from it), "other" (another step's frame) and "failed" (the end of a try that went wrong).
+    """One example with what is known about it.
+
+    sort: "done"; of negatives "hard" (at most three rows before the end of the step), "earlier" (further from it),
+    "other" (the first frame of this or another step) and "failed" (the end of a try that went wrong).
     """
 
     example: Example
