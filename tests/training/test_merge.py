@@ -95,7 +95,7 @@ def test_fp8_is_of_the_language_models_linears_alone(stored: dict[str, Path]) ->
         scale = small[name.replace(".weight", ".weight_scale")].float()
         assert scale.shape == (exact[name].shape[0], 1)
         off = (small[name].float() * scale - exact[name]).abs()
-        # Three bits of mantissa: half a step is a sixteenth of the value; bfloat16 before and in the scale a little more.
+        # Three bits of mantissa: half a step is a sixteenth of the value; bfloat16, also of the scale, adds to it.
         assert bool((off <= exact[name].abs() * 0.075 + scale * 2**-9).all())
     config = json.loads((stored["fp8"] / "config.json").read_text())["quantization_config"]
     assert (config["quant_method"], config["format"]) == ("compressed-tensors", "float-quantized")
@@ -123,9 +123,11 @@ def test_an_exported_adapter_is_merged_with_card_terms_and_references(tmp_path: 
         assert len(reference.logprobs) == len(reference.base_logprobs) == len(reference.token_ids) > 0
     kept = {"metrics", "reference_logprobs"}
     assert card.model_dump(exclude=kept) == before.model_dump(exclude=kept)
-    assert "Gemma Terms of Use" in (out / "NOTICE").read_text() and "prohibited_use_policy" in (out / "NOTICE").read_text()
+    notice = (out / "NOTICE").read_text()
+    assert "Gemma Terms of Use" in notice and "prohibited_use_policy" in notice
     assert (out / "LICENSE").read_text() == "terms of the base\n"
-    assert "--model FOLDER" in (out / "README.md").read_text() and str(tmp_path) not in (out / "config.json").read_text()
+    assert "--model FOLDER" in (out / "README.md").read_text()
+    assert str(tmp_path) not in (out / "config.json").read_text()
 
 
 def test_a_merge_that_answers_otherwise_is_not_exported_and_the_old_artifact_stays(

@@ -48,7 +48,7 @@ class ServedAdapterInfo(AdapterInfo):
 
 
 class ServerInfo(InfoResponse):
-    """GET /info, with readiness. merged: the served model itself, when its card holds references (`export --format`)."""
+    """GET /info, with readiness. merged: the served model itself, when its card holds references (`export`)."""
 
     adapters: list[ServedAdapterInfo]  # type: ignore[assignment]  # answers are frozen, so a narrower list is safe
     merged: ServedAdapterInfo | None = None

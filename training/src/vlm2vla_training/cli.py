@@ -304,8 +304,10 @@ def _add_verify_report(commands: Commands[argparse.ArgumentParser]) -> None:
     command = _command(commands, "verify-report", "analysis.verify:run_verify_report", text)
     command.add_argument("--base", type=Path, required=True, help="base model folder, or a merged model")
     command.add_argument("--adapter", type=Path, default=None, help="exported adapter; without one the base is asked")
-    command.add_argument("--episodes", type=Path, required=True, help="episode dataset")
-    command.add_argument("--annotated", type=Path, required=True, help="annotated.jsonl or its folder")
+    command.add_argument("--episodes", type=Path, action="append", required=True, help="dataset; repeatable")
+    command.add_argument(
+        "--annotated", type=Path, action="append", required=True, help="annotated.jsonl or its folder; repeatable"
+    )
     command.add_argument(
         "--held-out", type=float, default=1.0, help="the fraction given to sft; 1: all, never trained on"
     )

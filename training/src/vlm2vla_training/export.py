@@ -89,7 +89,7 @@ def _format(args: argparse.Namespace, full: bool) -> str:
 def _weighed(
     args: argparse.Namespace, chosen: str, base: Path, trained: Path, partial: Path, card: ModelCard
 ) -> ModelCard:
-    """The card with references; a whole model is written first, and refused when it answers otherwise than `trained`."""
+    """The card with references. A whole model is written first, and refused when it answers unlike `trained`."""
     if chosen == "adapter":
         if not args.references:
             return card
@@ -97,8 +97,8 @@ def _weighed(
         return card.model_copy(update={"reference_logprobs": references})
     fp8 = chosen == "merged-fp8"
     is_adapter = (trained / _ADAPTER_FILES[0]).is_file()
-    source = (base, trained) if is_adapter else (trained, None)
-    write_merged(*source, partial, getattr(torch, args.dtype), fp8=fp8)
+    source, adapter = (base, trained) if is_adapter else (trained, None)
+    write_merged(source, adapter, partial, getattr(torch, args.dtype), fp8=fp8)
     if not args.references:
         return card.model_copy(update={"reference_logprobs": None})
     dtype = "fp8" if fp8 else args.dtype

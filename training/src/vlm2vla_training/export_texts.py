@@ -1,4 +1,4 @@
-"""What stands beside exported weights for people: README.md, and for anything derived from Gemma its terms and notice."""
+"""What stands beside exported weights for people: README.md, and for what derives from Gemma its terms and notice."""
 
 from __future__ import annotations
 

@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlm2vla_training.jsonio import read_json, write_json
@@ -30,7 +29,13 @@ _INDEX = "model.safetensors.index.json"
 
 
 def write_merged(
-    base: Path, adapter: Path | None, folder: Path, dtype: torch.dtype, *, fp8: bool = False, shard_size: str = SHARD_SIZE
+    base: Path,
+    adapter: Path | None,
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    fp8: bool = False,
+    shard_size: str = SHARD_SIZE,
 ) -> None:
     """Write a whole model into `folder`: weights in shards, config, processor, tokenizer.
 
@@ -80,8 +85,7 @@ def quantise(folder: Path) -> None:
     where: dict[str, str] = {}
     size = 0
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors = load_file(path)
         for name in [name for name in tensors if _QUANTISED.search(name)]:
             stem = name.removesuffix(".weight")
             tensors[name], tensors[f"{stem}.weight_scale"] = _fp8(tensors[name], weights)
@@ -92,8 +96,8 @@ def quantise(folder: Path) -> None:
         size += sum(tensor.nbytes for tensor in tensors.values())
     if (folder / _INDEX).is_file():
         write_json(folder / _INDEX, {"metadata": {"total_size": size}, "weight_map": where})
-    model = read_json(folder / "config.json")
-    write_json(folder / "config.json", {**model, "quantization_config": config.model_dump(mode="json", exclude_none=True)})
+    said = config.model_dump(mode="json", exclude_none=True)
+    write_json(folder / "config.json", {**read_json(folder / "config.json"), "quantization_config": said})
 
 
 def _fp8(weight: torch.Tensor, arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -46,8 +46,8 @@ class Agreement:
         limit = tolerance_nat(self.dtype)
         if not self.distance_nat <= limit:
             raise DataError(
-                f"in {self.dtype} the model answers {self.distance_nat:.3g} nat a token from what was trained, expected "
-                f"at most {limit:g}; nothing was exported"
+                f"in {self.dtype} the model is {self.distance_nat:.3g} nat a token from what was trained, expected at "
+                f"most {limit:g}; nothing was exported"
             )
         if not self.mean_distance_nat * CLOSER_THAN_BASE <= self.base_distance_nat:
             raise DataError(

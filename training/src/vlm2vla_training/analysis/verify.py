@@ -22,7 +22,7 @@ from vlm2vla_schema.parsing import format_verdict
 from vlm2vla_schema.types import ModelCard, Verdict
 from vlm2vla_training.analysis.figures import save, verifier_figure
 from vlm2vla_training.analysis.model import LoadedModel, same_run
-from vlm2vla_training.analysis.predict import held_out_keys
+from vlm2vla_training.analysis.predict import drop_unfinished, held_out_keys
 from vlm2vla_training.analysis.verify_figures import at_most, figures, halves, reliability
 from vlm2vla_training.annotation.base import AnnotatedEpisode
 from vlm2vla_training.annotation.files import read_annotated
@@ -60,8 +60,8 @@ def run_verify_report(args: argparse.Namespace) -> int:
     """`verify-report`: score every pair, write pairs.jsonl, the figure and summary.json; a stopped run goes on."""
     started = time.monotonic()
     card = ModelCard.read(args.adapter or args.base)
-    dataset = EpisodeDataset(args.episodes)
-    annotated = choose(read_annotated(args.annotated), {}).kept
+    datasets = [EpisodeDataset(folder) for folder in args.episodes]
+    annotated = {key: one for path in args.annotated for key, one in choose(read_annotated(path), {}).kept.items()}
     chosen = held_out_keys(list(annotated), args.held_out)[: args.limit or None]
     path = args.out / PAIRS_FILE
     done = {str(line["episode_key"]) for line in read_jsonl(path) if line["last"]} if path.exists() else set()
@@ -77,19 +77,22 @@ def run_verify_report(args: argparse.Namespace) -> int:
         "weights_hash": sha256_of_files(sorted((args.adapter or args.base).glob("*.safetensors"))),
     }  # fmt: skip
     same_run(args.out, settings)
+    drop_unfinished(path)
     model = LoadedModel(args.base, args.adapter, args.device, args.dtype)
     options = ExampleOptions(kinds=KINDS, verify_pairs=args.verify_pairs, seed=args.seed)
+    skip = frozenset(key for dataset in datasets for key in dataset.keys()) - frozenset(left)
+    episodes = (episode for dataset in datasets for episode in dataset.episodes(skip))
     found = set()
     with JsonlAppender(path) as file:
-        for episode in track(dataset.episodes(frozenset(dataset.keys()) - frozenset(left)), len(left), "verify-report"):
+        for episode in track(episodes, len(left), "verify-report"):
             found.add(episode.key)
             pairs = pairs_of(annotated[episode.key], options, with_next=not args.no_next_subtask)
             lines = list(scored(model, card, episode, pairs, args.batch_size))
             for number, line in enumerate(lines, start=1):
                 file.append({**line, "last": number == len(lines)})
     if set(left) - found:
-        raise DataError(f"{args.episodes} lacks annotated episodes, for example {min(set(left) - found)}")
-    lines = whole_episodes(read_jsonl(path), set(chosen))
+        raise DataError(f"--episodes lacks annotated episodes, for example {min(set(left) - found)}")
+    lines = [line for line in read_jsonl(path) if line["episode_key"] in set(chosen)]
     summary = {**settings, "episodes": len(chosen), "kinds": report(lines, args.max_false_success)}
     asked = [line for line in lines if line["kind"] == "verify"] or lines
     save(verifier_figure(reliability(asked), asked), args.out, "verify")
@@ -98,7 +101,7 @@ def run_verify_report(args: argparse.Namespace) -> int:
 
 
 def pairs_of(annotated: AnnotatedEpisode, options: ExampleOptions, with_next: bool = True) -> list[Pair]:
-    """The pairs of one episode, as `curate` makes them. with_next False: D.5's wording for a last subtask everywhere."""
+    """The pairs of one episode, as `curate` makes them. with_next False: D.5's wording for a last subtask."""
     steps = {step.first: (number, step) for number, step in enumerate(annotated.steps)}
     by_last = {step.last: (number, step) for number, step in enumerate(annotated.steps)}
     pairs = []
@@ -168,18 +171,6 @@ def _parted(model: LoadedModel, pair: Pair) -> tuple[Tokens, tuple[int, int]]:
     return Tokens(one.prompt, one.answer[: place + 1]), (int(one.answer[place]), int(other.answer[place]))
 
 
-def whole_episodes(lines: Iterator[dict[str, Any]], chosen: set[str]) -> list[dict[str, Any]]:
-    """The lines of finished episodes, of each the last run of them: a stopped episode was asked again as a whole."""
-    kept: dict[str, list[dict[str, Any]]] = {}
-    open_lines: dict[str, list[dict[str, Any]]] = {}
-    for line in lines:
-        key = str(line["episode_key"])
-        open_lines.setdefault(key, []).append(line)
-        if line["last"]:
-            kept[key] = open_lines.pop(key)
-    return [line for key, found in kept.items() if key in chosen for line in found]
-
-
 def report(lines: Sequence[Mapping[str, Any]], max_false_success: float) -> dict[str, Any]:
     """Of each kind of example the figures as served, by verb, and at a threshold that keeps false success down."""
     result: dict[str, Any] = {}
@@ -187,10 +178,12 @@ def report(lines: Sequence[Mapping[str, Any]], max_false_success: float) -> dict
         asked = [line for line in lines if line["kind"] == kind]
         if not asked:
             continue
-        verbs = sorted({str(line["subtask"]).split()[0] for line in asked})
+        by_verb: dict[str, list[Mapping[str, Any]]] = {}
+        for line in asked:
+            by_verb.setdefault(str(line["subtask"]).split()[0], []).append(line)
         result[kind] = {
             "served": figures(asked, 0.0),
-            "by_verb": {verb: figures([one for one in asked if one["subtask"].split()[0] == verb], 0.0) for verb in verbs},
+            "by_verb": {verb: figures(by_verb[verb], 0.0) for verb in sorted(by_verb)},
             "calibration": reliability(asked),
             "with_threshold": _with_threshold(asked, max_false_success),
         }
@@ -219,8 +212,8 @@ def summary_line(summary: Mapping[str, Any]) -> str:
     for kind, found in summary["kinds"].items():
         served = found["served"]
         parts.append(
-            f"{kind}: {served['pairs']} pairs, balanced accuracy {_percent(served['balanced_accuracy'])}, false success "
-            f"{_percent(served['false_success'])}, hard negatives {_percent(served['rejected'].get('hard'))}"
+            f"{kind}: {served['pairs']} pairs, balanced accuracy {_percent(served['balanced_accuracy'])}, false "
+            f"success {_percent(served['false_success'])}, hard negatives {_percent(served['rejected'].get('hard'))}"
         )
     return f"{summary['episodes']} episodes; " + "; ".join(parts)
 

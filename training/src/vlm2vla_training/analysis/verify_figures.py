@@ -28,11 +28,11 @@ def figures(pairs: Pairs, margin_nat: float) -> dict[str, Any]:
     done = np.array([pair["done"] for pair in pairs], dtype=bool)
     sorts = np.array([pair["sort"] for pair in pairs])
     accepted, false_success = _rate(said[done]), _rate(said[~done])
-    both = accepted is not None and false_success is not None
+    balanced = None if accepted is None or false_success is None else round((accepted + 1 - false_success) / 2, 4)
     return {
         "pairs": len(pairs),
         "done": int(done.sum()),
-        "balanced_accuracy": round((accepted + 1 - false_success) / 2, 4) if both else None,
+        "balanced_accuracy": balanced,
         "accepted": accepted,
         "false_success": false_success,
         "rejected": {sort: _rate(~said[sorts == sort]) for sort in sorted(set(sorts[~done].tolist()))},
@@ -65,7 +65,8 @@ def reliability(pairs: Pairs) -> dict[str, Any]:
             continue
         mean, share = float(said[inside].mean()), float(done[inside].mean())
         error += abs(mean - share) * float(inside.mean())
-        table.append({"from": number / BINS, "pairs": int(inside.sum()), "said": round(mean, 4), "done": round(share, 4)})
+        pairs_inside = int(inside.sum())
+        table.append({"from": number / BINS, "pairs": pairs_inside, "said": round(mean, 4), "done": round(share, 4)})
     return {"expected_calibration_error": round(error, 4), "table": table}
 
 
