@@ -6,7 +6,8 @@ from training_fakes import PICK, episode_of, write_recording
 from vlm2vla_training.cli import main
 from vlm2vla_training.episodes.parquet import EpisodeDataset, EpisodeWriter
 
-COMMANDS = ["demos", "ingest", "annotate", "curate", "sft", "export", "tokens", "logprobs", "predict", "verify-report", "estimate"]
+COMMANDS = ["demos", "ingest", "annotate", "curate", "sft", "export", "tokens", "logprobs", "predict", "verify-report",
+            "estimate"]  # fmt: skip
 UNBUILT = ["vqa"]
 
 

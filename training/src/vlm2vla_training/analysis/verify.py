@@ -80,7 +80,7 @@ def run_verify_report(args: argparse.Namespace) -> int:
     drop_unfinished(path)
     model = LoadedModel(args.base, args.adapter, args.device, args.dtype)
     options = ExampleOptions(kinds=KINDS, verify_pairs=args.verify_pairs, seed=args.seed)
-    skip = frozenset(key for dataset in datasets for key in dataset.keys()) - frozenset(left)
+    skip = frozenset().union(*(dataset.keys() for dataset in datasets)) - frozenset(left)
     episodes = (episode for dataset in datasets for episode in dataset.episodes(skip))
     found = set()
     with JsonlAppender(path) as file:
