@@ -134,7 +134,7 @@ def _judged(proof: Proof, dtype: str) -> Proof:
 
 
 def _what(name: str) -> str:
-    return "the model" if name == BASE_MODEL_NAME else f"adapter {name!r}"
+    return "what is merged" if name == BASE_MODEL_NAME else f"adapter {name!r}"
 
 
 def _unusable(name: str, why: str) -> Proof:
@@ -167,7 +167,7 @@ def _difference_problem(name: str, mean_nat: float) -> str | None:
     if mean_nat >= MIN_MEAN_DIFFERENCE_NAT:
         return None
     return (
-        f"{_what(name)} answers as its base does: its log-probabilities differ from the base's by {mean_nat:.2e} "
+        f"{_what(name)} does not change the model: its log-probabilities differ from the base's by {mean_nat:.2e} "
         f"nat on average over {len(PROBE_PROMPTS)} prompts, expected at least {MIN_MEAN_DIFFERENCE_NAT:g}; was it "
         "exported for this base?"
     )
