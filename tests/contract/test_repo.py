@@ -192,7 +192,7 @@ def test_paper_page_has_every_equation_table_figure_and_appendix() -> None:
 def commands_of_pages() -> list[str]:
     """`program subcommand` of every command line that the pages print."""
     text = "".join((ROOT / page).read_text() for page in PAGES)
-    return sorted(set(re.findall(r"\bvlm2vla-(?:client|server|train) [a-z]+\b", text)))
+    return sorted(set(re.findall(r"\bvlm2vla-(?:client|server|train) [a-z]+(?:-[a-z]+)*\b", text)))
 
 
 @pytest.mark.parametrize("command", commands_of_pages())

@@ -106,31 +106,46 @@ class BorrowedVLLM(VLLMEngine):
 
 def _write_measured_adapter(base: Path, folder: Path, seed: int) -> Path:
     write_adapter(base, folder, seed)
-    facts = {"base_hash": folder_hash(base), "reference_logprobs": asyncio.run(_references(base, folder))}
+    facts = {"base_hash": folder_hash(base), "reference_logprobs": asyncio.run(measured_references(base, folder))}
     ModelCard.read(folder).model_copy(update=facts).write(folder)
     return folder
 
 
-async def _references(base: Path, folder: Path) -> list[ReferenceLogprobs]:
-    engine = TransformersEngine(ModelOptions(base, (("measured", folder),)))
-    await engine.start()
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(base)
+async def measured_references(
+    model: Path, adapter: Path | None, base: Path | None = None
+) -> list[ReferenceLogprobs]:
+    """References of an adapter on `model`, or of a whole model, then with those of its `base`."""
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model)
     ids = [*tokenizer(COMPLETION, add_special_tokens=False)["input_ids"], tokenizer.convert_tokens_to_ids(END_OF_TURN)]
+    ours = await _scores(model, adapter)
+    untouched = await _scores(base, None) if base is not None else [[]] * len(ours)
     found = []
-    try:
-        for index, prompt in enumerate(PROBE_PROMPTS):
-            picture, png = probe_image(index, IMAGE_SIZE), io.BytesIO()
-            Image.fromarray(picture).save(png, "PNG")
-            logprobs = await engine.score(ScoreRequest((picture,), prompt, COMPLETION, "measured"))
-            found.append(
-                ReferenceLogprobs(
-                    prompt=prompt,
-                    image=to_base64(png.getvalue()),
-                    completion=COMPLETION,
-                    token_ids=ids,
-                    logprobs=logprobs,
-                )
+    for index, prompt in enumerate(PROBE_PROMPTS):
+        png = io.BytesIO()
+        Image.fromarray(probe_image(index, IMAGE_SIZE)).save(png, "PNG")
+        found.append(
+            ReferenceLogprobs(
+                prompt=prompt,
+                image=to_base64(png.getvalue()),
+                completion=COMPLETION,
+                token_ids=ids,
+                logprobs=ours[index],
+                base_logprobs=untouched[index],
             )
+        )
+    return found
+
+
+async def _scores(model: Path, adapter: Path | None) -> list[list[float]]:
+    adapters = () if adapter is None else (("measured", adapter),)
+    engine = TransformersEngine(ModelOptions(model, adapters))
+    await engine.start()
+    try:
+        return [
+            await engine.score(
+                ScoreRequest((probe_image(index, IMAGE_SIZE),), prompt, COMPLETION, "measured" if adapter else None)
+            )
+            for index, prompt in enumerate(PROBE_PROMPTS)
+        ]
     finally:
         await engine.close()
-    return found

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from server_fakes import FakeEngine, run, with_settings, write_models
 
 from vlm2vla_schema.images import to_base64
+from vlm2vla_schema.probes import tolerance_nat
 from vlm2vla_schema.types import ModelCard, ReferenceLogprobs
-from vlm2vla_server.adapter_proof import tolerance_nat
 from vlm2vla_server.engines.base import EngineInfo
 from vlm2vla_server.service import Service
 
@@ -167,7 +167,7 @@ def reference(**changes: object) -> ReferenceLogprobs:
         ("fp8", -1.59, -3.0, None),
         ("fp8", -1.61, -3.0, "expected at most 0.3 in fp8"),
         ("float32", -1.03, -1.08, "3 times closer"),
-        ("float32", float("nan"), -2.0, "does not change"),
+        ("float32", float("nan"), -2.0, "does not change the model"),
     ],
 )
 def test_limits_of_the_proof(tmp_path: Path, dtype: str, adapter: float, base: float, word: str | None) -> None:

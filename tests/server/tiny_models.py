@@ -23,11 +23,13 @@ def write_base(folder: Path) -> Path:
     return folder
 
 
-def write_adapter(base: Path, folder: Path, seed: int, *, active: bool = True, **card: Any) -> Path:
+def write_adapter(
+    base: Path, folder: Path, seed: int, *, active: bool = True, targets: Any = LANGUAGE_LINEARS, **card: Any
+) -> Path:
     """A LoRA adapter on the language model's linears; not active, it is left at its start and does nothing."""
     torch.manual_seed(seed)
     model: Any = transformers.AutoModelForImageTextToText.from_pretrained(base)
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=LANGUAGE_LINEARS, init_lora_weights=not active)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=not active)
     wrapped: Any = peft.get_peft_model(model, config)
     wrapped.save_pretrained(folder)
     stages: Any = ["subtasks", "motion_plan", "actions"]
@@ -38,7 +40,7 @@ def write_adapter(base: Path, folder: Path, seed: int, *, active: bool = True, *
 
 def write_proven_adapter(base: Path, folder: Path, seed: int, **card: Any) -> Path:
     """An active adapter whose card is complete, as `export` leaves it: hash, module count and references."""
-    from vlm2vla_training.export import measure_references  # here: .venv-vllm lacks what it imports
+    from vlm2vla_training.references import measure_references  # here: .venv-vllm lacks what it imports
 
     write_adapter(base, folder, seed, **card)
     linears = 7 * int(json.loads((base / "config.json").read_text())["text_config"]["num_hidden_layers"])

@@ -7,8 +7,9 @@ from vlm2vla_training.cli import main
 from vlm2vla_training.episodes.parquet import EpisodeDataset, EpisodeWriter
 
 COMMANDS = [
-    "demos", "ingest", "annotate", "curate", "sft", "export", "tokens", "logprobs", "predict", "vqa", "estimate",
-]
+    "demos", "ingest", "annotate", "curate", "sft", "export", "tokens", "logprobs", "predict", "verify-report", "vqa",
+    "estimate",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)

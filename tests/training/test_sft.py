@@ -123,12 +123,15 @@ def test_an_adapter_that_reaches_into_the_tower_is_exported_only_on_demand(
     tower = int(json.loads((base / "config.json").read_text())["vision_config"]["num_hidden_layers"])
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["adapted_modules"] == linears(base) + 3 * tower
     export = ["export", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "adapter"), "--no-references"]
-    assert main(export) == 2 and "vLLM" in capsys.readouterr().err
+    assert main(export) == 2 and "vLLM" in (reason := capsys.readouterr().err) and "--format merged" in reason
     assert main([*export, "--unservable"]) == 0
     assert (
         ModelCard.read(tmp_path / "adapter").adapter_scope == "q_proj,k_proj,v_proj,o_proj,up_proj,down_proj,gate_proj"
     )
     assert "not with vLLM" in (tmp_path / "adapter" / "README.md").read_text()
+    assert main([*export, "--format", "merged"]) == 0  # merged weights have no scope
+    assert "adapter merged into its base" in (tmp_path / "adapter" / "README.md").read_text()
+    assert ModelCard.read(tmp_path / "adapter").reference_logprobs is None
 
 
 @pytest.mark.parametrize(
@@ -200,11 +203,16 @@ def test_references_can_be_added_to_an_exported_adapter(
     assert main([*again, "--base", str(other)]) == 2 and "hash" in capsys.readouterr().err
 
 
-def test_full_fine_tune_is_a_whole_model(base: Path, curated: Path, tmp_path: Path) -> None:
+def test_full_fine_tune_is_a_whole_model(
+    base: Path, curated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert sft(base, curated, tmp_path / "run", "--full-finetune", "--max-steps", "1") == 0
-    assert main(["export", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "model"), "--name", "full"]) == 0
+    export = ["export", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "model"), "--name", "full"]
+    assert main([*export, "--format", "adapter"]) == 2 and "no adapter" in capsys.readouterr().err
+    assert main([*export, "--dtype", "float32"]) == 0  # one step changes less than bfloat16 rounds away
     card = ModelCard.read(tmp_path / "model")
     assert (card.adapter_scope, card.adapted_modules) == ("full", 0)
+    assert card.reference_logprobs and card.metrics["stored_weights"]["distance_nat"] < 1e-3
     assert (tmp_path / "model" / "config.json").exists() and (tmp_path / "model" / "tokenizer.json").exists()
 
 

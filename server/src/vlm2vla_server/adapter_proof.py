@@ -4,6 +4,8 @@ Engines accept an adapter whose names match nothing and then answer as the base 
 wrongly. So log-probabilities are measured under base and adapter and compared with those that `export` stored in the
 adapter's card (transformers and PEFT, float32). A card without such references gets the weaker proof: over eight fixed
 prompts the adapter must differ from the base at all.
+
+A whole model (merged, fp8, every weight trained) has no base beside it: what the base says comes from the card too.
 """
 
 from __future__ import annotations
@@ -20,16 +22,13 @@ from numpy.typing import NDArray
 
 from vlm2vla_schema.errors import ImageError
 from vlm2vla_schema.images import decode_image, from_base64, to_model_square
-from vlm2vla_schema.probes import PROBE_PROMPTS, probe_image
+from vlm2vla_schema.probes import CLOSER_THAN_BASE, PROBE_PROMPTS, probe_image, tolerance_nat
 from vlm2vla_schema.types import ModelCard, ReferenceLogprobs
 from vlm2vla_server.engines.base import Engine, GenerationRequest, ScoreRequest
+from vlm2vla_server.settings import BASE_MODEL_NAME
 
 MIN_MEAN_DIFFERENCE_NAT = 1e-3
 ANSWER_TOKENS = 12
-TOLERANCE_NAT = {"float32": 0.02, "bfloat16": 0.1, "float16": 0.1}
-QUANTISED_TOLERANCE_NAT = 0.3
-"""fp8 and fewer bits: any dtype that TOLERANCE_NAT does not name."""
-CLOSER_THAN_BASE = 3.0
 _OUTSIDE_LANGUAGE_MODEL = re.compile(r"(^|\.)(vision_tower|vision_model|visual|multi_modal_projector)\.")
 _MAX_HEADER_BYTES = 64 * 2**20
 
@@ -56,11 +55,6 @@ class Proof:
     problem: str | None = None
 
 
-def tolerance_nat(dtype: str) -> float:
-    """How far from the references an engine of this dtype may be."""
-    return TOLERANCE_NAT.get(dtype, QUANTISED_TOLERANCE_NAT)
-
-
 async def prove(engine: Engine, cards: Mapping[str, ModelCard]) -> dict[str, Proof]:
     """Measure every adapter, by name, against the base. Raises what the engine raises."""
     proofs = {}
@@ -72,7 +66,17 @@ async def prove(engine: Engine, cards: Mapping[str, ModelCard]) -> dict[str, Pro
     return proofs
 
 
-async def _by_references(engine: Engine, name: str, card: ModelCard, references: Sequence[ReferenceLogprobs]) -> Proof:
+async def prove_whole(engine: Engine, name: str, card: ModelCard) -> Proof | None:
+    """Measure the engine's own weights against the references of their card; None for a card without any."""
+    if not card.reference_logprobs:
+        return None
+    return await _by_references(engine, name, card, card.reference_logprobs, whole=True)
+
+
+async def _by_references(
+    engine: Engine, name: str, card: ModelCard, references: Sequence[ReferenceLogprobs], *, whole: bool = False
+) -> Proof:
+    """whole: the model that is served is the one to prove, and the base's log-probabilities are those of the card."""
     limit = tolerance_nat(engine.info().dtype)
     ours: list[NDArray[np.float64]] = []
     base: list[NDArray[np.float64]] = []
@@ -81,15 +85,18 @@ async def _by_references(engine: Engine, name: str, card: ModelCard, references:
         images = _images(reference, card.image_size)
         if images is None:
             return _unusable(name, f"the picture of its reference {number} cannot be read")
-        for adapter, values in ((name, ours), (None, base)):
+        asked = ((None, ours),) if whole else ((name, ours), (None, base))
+        for adapter, values in asked:
             score = await engine.score(ScoreRequest(images, reference.prompt, reference.completion, adapter))
             values.append(np.asarray(score))
+        if whole:
+            base.append(np.asarray(reference.base_logprobs))
         stored.append(np.asarray(reference.logprobs))
         if not len(ours[-1]) == len(base[-1]) == len(stored[-1]) > 0:
             return _unusable(
                 name,
-                f"its reference {number} has {len(stored[-1])} tokens, this server counts {len(ours[-1])}: another "
-                "tokenizer than where the adapter was made",
+                f"its reference {number} has {len(stored[-1])} tokens, this server counts {len(ours[-1])} (base "
+                f"{len(base[-1])}): another tokenizer than where it was made",
             )
     apart = [float(np.mean(np.abs(a - b))) for a, b in zip(ours, stored, strict=True)]
     measured = Proof(
@@ -114,20 +121,24 @@ def _judged(proof: Proof, dtype: str) -> Proof:
     problem = _difference_problem(proof.adapter, proof.mean_difference_nat)
     if problem is None and not far <= limit:
         problem = (
-            f"adapter {proof.adapter!r} is not what was exported: its log-probabilities are {far:.3g} nat from the "
+            f"{_what(proof.adapter)} is not what was exported: its log-probabilities are {far:.3g} nat from the "
             f"references of its card (base: {base:.3g}), expected at most {limit:g} in {dtype}; were its weights, "
             "their names or the base changed?"
         )
     if problem is None and not mean * CLOSER_THAN_BASE <= base:
         problem = (
-            f"adapter {proof.adapter!r} is not clearly active: it is {mean:.3g} nat from the references of its card, "
+            f"{_what(proof.adapter)} is not clearly active: it is {mean:.3g} nat from the references of its card, "
             f"the base {base:.3g}; expected it to be at least {CLOSER_THAN_BASE:g} times closer than the base"
         )
     return Proof(**{**vars(proof), "problem": problem})
 
 
+def _what(name: str) -> str:
+    return "what is merged" if name == BASE_MODEL_NAME else f"adapter {name!r}"
+
+
 def _unusable(name: str, why: str) -> Proof:
-    return Proof(name, "references", 0.0, problem=f"adapter {name!r} cannot be proven: {why}; export it again")
+    return Proof(name, "references", 0.0, problem=f"{_what(name)} cannot be proven: {why}; export it again")
 
 
 def _images(reference: ReferenceLogprobs, size: int) -> tuple[NDArray[np.uint8], ...] | None:
@@ -156,7 +167,7 @@ def _difference_problem(name: str, mean_nat: float) -> str | None:
     if mean_nat >= MIN_MEAN_DIFFERENCE_NAT:
         return None
     return (
-        f"adapter {name!r} does not change the model: its log-probabilities differ from the base's by {mean_nat:.2e} "
+        f"{_what(name)} does not change the model: its log-probabilities differ from the base's by {mean_nat:.2e} "
         f"nat on average over {len(PROBE_PROMPTS)} prompts, expected at least {MIN_MEAN_DIFFERENCE_NAT:g}; was it "
         "exported for this base?"
     )
@@ -190,5 +201,6 @@ def scope_problem(name: str, folder: Path) -> str | None:
         return None
     return (
         f"adapter {name!r} adapts modules outside the language model ({len(outside)} of {len(names)} tensors, e.g. "
-        f"{outside[0]}), which engines apply differently; train it on the language model's linears only"
+        f"{outside[0]}), which engines apply differently; train it on the language model's linears only, or merge it "
+        "(vlm2vla-train export --format merged)"
     )

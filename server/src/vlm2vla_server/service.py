@@ -16,7 +16,7 @@ from vlm2vla_schema.messages import PROTOCOL, UNITS, AdapterInfo, InfoResponse, 
 from vlm2vla_schema.probes import probe_image
 from vlm2vla_schema.prompts import PROMPT_VERSIONS
 from vlm2vla_schema.types import MODEL_CARD_FILE, ModelCard, ModelCardError
-from vlm2vla_server.adapter_proof import Proof, ProofKind, prove, scope_problem
+from vlm2vla_server.adapter_proof import Proof, ProofKind, prove, prove_whole, scope_problem
 from vlm2vla_server.admission import Admission, Episodes
 from vlm2vla_server.engines.base import Engine, EngineInfo, GenerationRequest, ScoreUnavailable
 from vlm2vla_server.errors import ConfigurationError, EngineFailure, NotReady, ServerError, UnknownModel
@@ -48,9 +48,10 @@ class ServedAdapterInfo(AdapterInfo):
 
 
 class ServerInfo(InfoResponse):
-    """GET /info, with readiness."""
+    """GET /info, with readiness. merged: the served model itself, when its card holds references (`export`)."""
 
     adapters: list[ServedAdapterInfo]  # type: ignore[assignment]  # answers are frozen, so a narrower list is safe
+    merged: ServedAdapterInfo | None = None
     ready: bool
     reason: str | None = None
     device: str | None = None
@@ -154,10 +155,13 @@ class Service:
         assert self._engine_info is not None
         loads = {load.name: load for load in self._engine_info.adapters}
         unprovable: str | None = None
+        base = self._cards[BASE_MODEL_NAME]
         try:
             self._proofs = await prove(self.engine, {name: self._cards[name] for name, _ in self.settings.adapters})
+            whole = await prove_whole(self.engine, BASE_MODEL_NAME, base)
+            self._proofs |= {BASE_MODEL_NAME: whole} if whole else {}
         except ScoreUnavailable as missing:
-            self._proofs, unprovable = {}, f"the adapters cannot be proven active: {missing}"
+            self._proofs, unprovable = {}, f"nothing can be proven active: {missing}"
         self.models = {}
         for name, folder in self.settings.adapters:
             card, load = self._cards[name], loads.get(name)
@@ -165,7 +169,17 @@ class Service:
             problem = problem or card_problem(card, load.adapted_modules if load else 0, self._engine_info.model_hash)
             problem = problem or unprovable or self._proofs[name].problem
             self.models[name] = ServedModel(name, name, card, proven=problem is None, problem=problem)
-        self.models[BASE_MODEL_NAME] = ServedModel(BASE_MODEL_NAME, None, self._cards[BASE_MODEL_NAME])
+        problem = self._whole_problem(base, unprovable)
+        self.models[BASE_MODEL_NAME] = ServedModel(BASE_MODEL_NAME, None, base, proven=problem is None, problem=problem)
+
+    def _whole_problem(self, card: ModelCard, unprovable: str | None) -> str | None:
+        """Why the served model is not what its card says; None for one that was not trained to act."""
+        if not card.policy:
+            return None
+        problem = card_problem(card, None, "")  # its card names the base that it was made from, and that is not here
+        if problem is None and card.reference_logprobs:
+            problem = unprovable or self._proofs[BASE_MODEL_NAME].problem
+        return problem
 
     async def _warm_up(self) -> None:
         """Compile every grammar and run one short generation under every model, so that the first caller need not."""
@@ -237,6 +251,9 @@ class Service:
                 for name, _ in self.settings.adapters
                 if name in self._cards
             ],
+            merged=self._adapter_info(BASE_MODEL_NAME, engine.model_hash)
+            if engine and BASE_MODEL_NAME in self._proofs
+            else None,
             prompt_versions=dict(PROMPT_VERSIONS),
             limits=LimitsInfo(
                 max_row_translation_m=self.settings.max_row_translation_m,

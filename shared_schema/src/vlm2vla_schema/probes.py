@@ -1,4 +1,5 @@
-"""Eight fixed prompts and pictures by which an adapter is proven active.
+"""Eight fixed prompts and pictures by which an adapter, or a model that holds one, is proven active, and how far off it
+may be.
 
 `export` measures log-probabilities on them where the adapter was made; a server measures them again before it becomes
 ready. The pictures are drawn from arithmetic, the same on every machine.
@@ -21,6 +22,17 @@ PROBE_PROMPTS: tuple[str, ...] = (
     prompts.actions_prompt("Lift the carrot", None),
     prompts.actions_prompt("Move to the plate", "Move left, slightly forward, and up."),
 )
+
+TOLERANCE_NAT = {"float32": 0.02, "bfloat16": 0.1, "float16": 0.1}
+QUANTISED_TOLERANCE_NAT = 0.3
+"""fp8 and fewer bits: any dtype that TOLERANCE_NAT does not name."""
+CLOSER_THAN_BASE = 3.0
+"""So many times closer to the references than the untouched base must be what counts as active."""
+
+
+def tolerance_nat(dtype: str) -> float:
+    """How far from the references a computation in this dtype may be: mean absolute difference of a probe, in nat."""
+    return TOLERANCE_NAT.get(dtype, QUANTISED_TOLERANCE_NAT)
 
 
 def probe_image(index: int, size: int) -> NDArray[np.uint8]:

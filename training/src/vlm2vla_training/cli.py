@@ -14,18 +14,19 @@ from vlm2vla_training.errors import MissingExtraError, NotBuiltError, UsageError
 
 # Optional module -> the extra that brings it.
 _EXTRAS = {"mujoco": "sim", "torch": "train", "transformers": "train", "trl": "train", "peft": "train",
-           "matplotlib": "train", "httpx": "sim", "google": "gemini", "pyrate_limiter": "gemini",
-           "tenacity": "gemini", "ray": "ray"}  # fmt: skip
+           "matplotlib": "train", "compressed_tensors": "train", "httpx": "sim", "google": "gemini",
+           "pyrate_limiter": "gemini", "tenacity": "gemini", "ray": "ray"}  # fmt: skip
 # Those of sft.py, which needs torch to be imported; a test compares.
 _PRESETS = ("twin", "paper", "servable", "at", "nr", "qwen", "full_finetune", "qlora")
 _SCOPES = ("language_model", "paper", "all_linear")
+_FORMATS = ("adapter", "merged", "merged-fp8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand.
 
     Returns:
-        0 done, 1 a data or training error, 2 usage or something that is not built yet, 130 interrupted.
+        0 done, 1 a data or training error, 2 usage, 130 interrupted.
     """
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
@@ -73,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_tokens(commands)
     _add_logprobs(commands)
     _add_predict(commands)
+    _add_verify_report(commands)
     _add_vqa(commands)
     _add_estimate(commands)
     _add_export_lerobot(commands)
@@ -233,7 +235,11 @@ def _add_export(commands: Commands[argparse.ArgumentParser]) -> None:
     command = _command(commands, "export", "export:run_export", "training run -> model artifact with model_card.json")
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, help="folder of a finished sft run")
-    source.add_argument("--adapter", type=Path, help="an exported adapter: write it again, with references in its card")
+    source.add_argument("--adapter", type=Path, help="an exported adapter: write it again, with references, or merged")
+    command.add_argument(
+        "--format", choices=_FORMATS, default=None,
+        help="default: adapter, of a full fine-tune the whole model; merged and merged-fp8 stand without their base",
+    )  # fmt: skip
     command.add_argument("--name", default="twin", help="name in the model card")
     command.add_argument("--licence", default=None, help="default: the base model's")
     command.add_argument("--metrics", type=Path, default=None, help="JSON file with measured results for the card")
@@ -289,6 +295,27 @@ def _add_predict(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     command.add_argument("--plan", choices=("own", "logged"), default="own", help="whose motion plan the rows follow")
     command.add_argument("--limit", type=int, default=0, help="at most this many episodes; 0 all")
+    _add_model(command)
+
+
+def _add_verify_report(commands: Commands[argparse.ArgumentParser]) -> None:
+    text = "how far a model's word that a subtask is done can be trusted, on held-out pairs of frames"
+    command = _command(commands, "verify-report", "analysis.verify:run_verify_report", text)
+    command.add_argument("--base", type=Path, required=True, help="base model folder, or a merged model")
+    command.add_argument("--adapter", type=Path, default=None, help="exported adapter; without one the base is asked")
+    command.add_argument("--episodes", type=Path, action="append", required=True, help="dataset; repeatable")
+    command.add_argument(
+        "--annotated", type=Path, action="append", required=True, help="annotated.jsonl or its folder; repeatable"
+    )
+    command.add_argument(
+        "--held-out", type=float, default=1.0, help="the fraction given to sft; 1: all, never trained on"
+    )
+    command.add_argument("--verify-pairs", type=int, default=4, help="pairs of each sign a step, as for curate")
+    command.add_argument("--seed", type=int, default=0, help="of the sampled negatives")
+    command.add_argument("--no-next-subtask", action="store_true", help="leave D.5's next subtask out of the prompt")
+    command.add_argument("--max-false-success", type=float, default=0.02, help="that a threshold is chosen for")
+    command.add_argument("--limit", type=int, default=0, help="at most this many episodes; 0 all")
+    command.add_argument("--batch-size", type=int, default=16)
     _add_model(command)
 
 

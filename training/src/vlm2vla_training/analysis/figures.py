@@ -6,9 +6,11 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from vlm2vla_training.analysis.verify_figures import curve, figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -116,6 +118,36 @@ def accuracy_figure(
     axes.grid(axis="y", color=GRID, zorder=0)
     figure.legend(loc="upper center", ncols=max(1, len(values)), frameon=False, fontsize=9)
     figure.subplots_adjust(top=0.88)
+    return figure
+
+
+def verifier_figure(calibration: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]]) -> Figure:
+    """Left: how often it is done against the probability that was said. Right: what each threshold accepts, the served
+    one marked.
+
+    Args:
+        calibration: of `verify_figures.reliability`. pairs: scored pairs.
+    """
+    figure = _figure(9.0, 3.8)
+    left, right = figure.subplots(1, 2)
+    _style(left)
+    _style(right)
+    table = calibration["table"]
+    left.plot([0, 1], [0, 1], color=GRID, linewidth=1)
+    largest = max(line["pairs"] for line in table)
+    sizes = [8 + 120 * line["pairs"] / largest for line in table]
+    left.scatter([line["said"] for line in table], [line["done"] for line in table], s=sizes, color=SERIES[0])
+    left.set_xlabel("probability of success that the model gives (area: pairs)", fontsize=9)
+    left.set_ylabel("share that is done", fontsize=9)
+    wrong, accepted = curve(pairs)
+    right.plot(wrong, accepted, color=SERIES[0])
+    served = figures(pairs, 0.0)
+    right.scatter([served["false_success"] or 0], [served["accepted"] or 0], color=SERIES[1], zorder=3, label="served")
+    right.axvline(0.02, color=SERIES[2], linewidth=1, linestyle="--", label="2 % false success")
+    right.set_xlabel("not done, but said to be", fontsize=9)
+    right.set_ylabel("done, and said to be", fontsize=9)
+    right.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.subplots_adjust(wspace=0.25)
     return figure
 
 

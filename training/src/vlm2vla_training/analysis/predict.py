@@ -69,7 +69,7 @@ def run_predict(args: argparse.Namespace) -> int:
         "adapter_hash": sha256_of_files(sorted(args.adapter.glob("*.safetensors"))) if args.adapter else None,
     }  # fmt: skip
     same_run(args.out, settings)
-    _drop_unfinished(path)
+    drop_unfinished(path)
     model = LoadedModel(args.base, args.adapter, args.device, args.dtype)
     skip = frozenset(dataset.keys()) - frozenset(left)
     found = set()
@@ -97,7 +97,7 @@ def held_out_keys(keys: list[str], fraction: float) -> list[str]:
     return sorted(keys[place] for place in held)
 
 
-def _drop_unfinished(path: Path) -> None:
+def drop_unfinished(path: Path) -> None:
     """Leave out the lines of an episode that was stopped in its middle: it is asked again as a whole."""
     if not path.exists():
         return
