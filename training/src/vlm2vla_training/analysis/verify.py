@@ -21,7 +21,7 @@ from vlm2vla_schema.images import decode_image, to_model_square
 from vlm2vla_schema.parsing import format_verdict
 from vlm2vla_schema.types import ModelCard, Verdict
 from vlm2vla_training.analysis.figures import save, verifier_figure
-from vlm2vla_training.analysis.model import LoadedModel, same_run
+from vlm2vla_training.analysis.model import LoadedModel
 from vlm2vla_training.analysis.predict import drop_unfinished, held_out_keys
 from vlm2vla_training.analysis.verify_figures import at_most, figures, halves, reliability
 from vlm2vla_training.annotation.base import AnnotatedEpisode
@@ -32,7 +32,7 @@ from vlm2vla_training.curation.examples import Example, ExampleOptions, examples
 from vlm2vla_training.episodes.base import Episode
 from vlm2vla_training.episodes.parquet import EpisodeDataset
 from vlm2vla_training.errors import DataError, UsageError
-from vlm2vla_training.jsonio import JsonlAppender, read_jsonl, sha256_of_files
+from vlm2vla_training.jsonio import JsonlAppender, read_jsonl, same_run, sha256_of_files
 from vlm2vla_training.progress import finish, track
 from vlm2vla_training.sft_data import Collator, Tokens
 
