@@ -11,6 +11,8 @@ Prints a table by kind of fault, writes one JSON file. Exit code 1, and `problem
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import random
@@ -25,7 +27,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from soak import BIN, ROOT, machine, open_files, resident_mb
 from soak_twin_faults import (
@@ -92,6 +94,8 @@ class Line:
     lateness_s: float = 0.0
     hold_lateness_s: float = 0.0
     memory_mb: float = 0.0
+    malloc_mb: float = 0.0
+    python_blocks: int = 0
     files: int = 0
     problems: list[str] = field(default_factory=list)
 
@@ -159,6 +163,8 @@ class Soak:
         line.seconds = round(time.monotonic() - began_s, 1)
         self._look_for_threads(line, threads)
         line.memory_mb, line.files = round(resident_mb(os.getpid()), 1), open_files(os.getpid())
+        gc.collect()
+        line.malloc_mb, line.python_blocks = round(malloc_mb(), 1), sys.getallocatedblocks()
         if not line.problems:
             shutil.rmtree(folder, ignore_errors=True)
         return line
@@ -315,6 +321,21 @@ def table(lines: list[Line]) -> list[dict[str, Any]]:
             "problems": sum(len(line.problems) for line in some),
         })  # fmt: skip
     return rows
+
+
+class Mallinfo(ctypes.Structure):
+    """`struct mallinfo2` of the C library."""
+
+    _fields_: ClassVar = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")]  # fmt: skip
+
+
+def malloc_mb() -> float:
+    """What is handed out by the C library's allocator just now, without what it keeps for later."""
+    ask = ctypes.CDLL(None).mallinfo2
+    ask.restype = Mallinfo
+    info = ask()
+    return float(info.uordblks + info.hblkhd) / 2**20
 
 
 def growth(values: list[float]) -> float:

@@ -10,7 +10,6 @@ import resource
 import signal
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from vlm2vla_twin.physics import World
 
 HOLD_S = 0.25
 DRAW_EVERY_S = 0.1
+LATENESSES = 100_000
 
 
 @dataclass(frozen=True)
@@ -197,17 +197,20 @@ class Lateness(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(name="lateness", daemon=True)
-        self._late: deque[tuple[float, float]] = deque(maxlen=100_000)
+        self._late = np.zeros((LATENESSES, 2))  # at once, or it would look like a leak of the client's
+        self._count = 0
 
     def run(self) -> None:
         while True:
             began_s = time.monotonic()
             time.sleep(0.02)
-            self._late.append((began_s, time.monotonic() - began_s - 0.02))
+            self._late[self._count % LATENESSES] = began_s, time.monotonic() - began_s - 0.02
+            self._count += 1
 
     def worst_s(self, from_s: float, to_s: float) -> float:
         """The largest between two moments of the wall clock."""
-        return max((late_s for at_s, late_s in list(self._late) if from_s - 0.5 <= at_s <= to_s), default=0.0)
+        at_s, late_s = self._late[: self._count].T
+        return float(late_s[(from_s - 0.5 <= at_s) & (at_s <= to_s)].max(initial=0.0))
 
 
 class FaultyRobot:
