@@ -327,7 +327,8 @@ class Mallinfo(ctypes.Structure):
     """`struct mallinfo2` of the C library."""
 
     _fields_: ClassVar = [(name, ctypes.c_size_t) for name in (
-        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")]  # fmt: skip
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks",
+        "keepcost")]  # fmt: skip
 
 
 def malloc_mb() -> float:
