@@ -5,8 +5,10 @@
         --out bench/results/edit_recovery.json
 
 Each seed is first run by the policy alone. One that fails (no full score by physics) is run again with an operator
-who, once a trial, gives other words: when a subtask is tried for the third time, the motion plan becomes what the
-scripted expert says of the moment. Only these words come from the expert: the rows are the model's, by /actions.
+who, once a trial, gives other words, one of the two that `--confirm` takes: from the third try of a subtask on, the
+motion plan becomes what the scripted expert says of the moment, where that differs from what the policy said; or, when
+a subtask needs the thing in the gripper and it is not there, the subtask becomes the earlier one that goes to it. Only
+these words come from the expert: the rows are the model's.
 Beside it, as a control, the same seed once more with nobody's help.
 Must: at least half of the failed trials reach full score. Every seed is a line beside the result (`.jsonl`): an
 interrupted run goes on where it stopped.
@@ -34,7 +36,9 @@ from vlm2vla_client.progress import SilentProgress
 from vlm2vla_client.scenes import SceneChoice
 from vlm2vla_client.sim import SimBench, SimRequest, make_policy, make_verifier, run_parts
 from vlm2vla_twin.expert import Expert, UnknownTaskError
+from vlm2vla_twin.skills import parse_subtask
 from vlm2vla_twin.tasks import SUITES
+from vlm2vla_twin.truth import is_held
 
 TRIES_BEFORE_EDIT = 2
 MAX_CYCLES = 12
@@ -43,23 +47,39 @@ STARVED_AGAIN = 3
 
 @dataclass
 class Editor:
-    """Lets every chunk pass but one: the first of the third try of a subtask gets the expert's words."""
+    """Lets every chunk pass but one."""
 
     expert: Expert
     tries: dict[str, int] = field(default_factory=dict)
-    edit: dict[str, str | None] | None = None
+    edit: dict[str, Any] | None = None
 
     def __call__(self, proposal: Proposal) -> bool | Edit:
         subtask = proposal.subtask
         self.tries[subtask] = self.tries.get(subtask, 0) + 1
         if self.edit is not None or self.tries[subtask] <= TRIES_BEFORE_EDIT:
             return True
-        try:
-            words = self.expert.motion_plan(subtask)
-        except UnknownTaskError:
+        words = self._words(subtask)
+        if words is None or words.subtask == subtask and words.motion_plan == proposal.motion_plan:
             return True
-        self.edit = {"subtask": subtask, "from": proposal.motion_plan, "to": words}
-        return Edit(subtask, words)
+        said = {"subtask": subtask, "motion_plan": proposal.motion_plan}
+        self.edit = {"from": said, "to": {"subtask": words.subtask, "motion_plan": words.motion_plan}}
+        return words
+
+    def _words(self, subtask: str) -> Edit | None:
+        """What the expert would say now; None when it does not understand the subtask."""
+        skill = parse_subtask(subtask)
+        if skill is not None and skill.kind not in ("move", "grasp") and not self._holds(skill.object):
+            for earlier in reversed(self.tries):
+                before = parse_subtask(earlier)
+                if before is not None and (before.kind, before.object) == ("move", skill.object):
+                    return Edit(earlier)
+        try:
+            return Edit(subtask, self.expert.motion_plan(subtask))
+        except UnknownTaskError:
+            return None
+
+    def _holds(self, name: str) -> bool:
+        return name in self.expert.world.object_names() and is_held(self.expert.world, name)
 
 
 def trial(request: SimRequest, edited: bool) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from vlm2vla_twin.physics import World
 HOLD_S = 0.25
 DRAW_EVERY_S = 0.1
 LATENESSES = 100_000
+PUSH_M, PUSH_S = 0.015, 0.1
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ KINDS: dict[str, Kind] = {
     "no IK solution": Kind(HOLD_S, (7,), observed=True),
     "verifier fails": Kind(HOLD_S, (3,), observed=True),
     "verifier crashes": Kind(HOLD_S, (3,), observed=True),
+    "arm moved since capture": Kind(None, (0, 3, 5)),
+    "operator's key": Kind(None, (0, 3)),
     "operator's Ctrl-C": Kind(HOLD_S, (130,), wall=True),
     "disk below the floor": Kind(0.5 + HOLD_S, (3,)),
     "disk full": Kind(HOLD_S, (3,), ends=False),
@@ -214,10 +217,11 @@ class Lateness(threading.Thread):
 
 
 class FaultyRobot:
-    """The twin's arm, whose driver can fall silent, answer with an old state, or find no joint angles."""
+    """The twin's arm, which can be pushed, and whose driver can fall silent, repeat a state or find no angles."""
 
-    def __init__(self, arm: TwinRobot, faults: Faults) -> None:
-        self._arm, self._faults = arm, faults
+    def __init__(self, arm: TwinRobot, faults: Faults, clock: TwinClock) -> None:
+        self._arm, self._faults, self._clock = arm, faults, clock
+        self._pushed = False
         self._last: RobotState | None = None
 
     @property
@@ -232,8 +236,16 @@ class FaultyRobot:
             raise RobotError("the arm does not answer")
         if self._faults.meets("arm's state stale") and self._last is not None:
             return self._last
+        if self._faults.meets("arm moved since capture") and not self._pushed:
+            self._push()
         self._last = self._arm.state()
         return replace(self._last)
+
+    def _push(self) -> None:
+        """Somebody moves the arm a little way up, once."""
+        self._pushed, here = True, self._arm.state()
+        self._arm.command(here.ee_position_m + np.array([0.0, 0.0, PUSH_M]), here.ee_rotation, PUSH_S)
+        self._clock.sleep_s(2.0 * PUSH_S)
 
     def contacts(self) -> frozenset[str]:
         return self._arm.contacts()
