@@ -59,7 +59,7 @@ class Editor:
         if self.edit is not None or self.tries[subtask] <= TRIES_BEFORE_EDIT:
             return True
         words = self._words(subtask)
-        if words is None or words.subtask == subtask and words.motion_plan == proposal.motion_plan:
+        if words is None or (words.subtask, words.motion_plan) == (subtask, proposal.motion_plan):
             return True
         said = {"subtask": subtask, "motion_plan": proposal.motion_plan}
         self.edit = {"from": said, "to": {"subtask": words.subtask, "motion_plan": words.motion_plan}}

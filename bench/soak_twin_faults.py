@@ -244,7 +244,7 @@ class FaultyRobot:
     def _push(self) -> None:
         """Somebody moves the arm a little way up, once."""
         self._pushed, here = True, self._arm.state()
-        self._arm.command(here.ee_position_m + np.array([0.0, 0.0, PUSH_M]), here.ee_rotation, PUSH_S)
+        self._arm.command(here.ee_position_m + np.array([0.0, 0.0, PUSH_M]), np.asarray(here.ee_rotation), PUSH_S)
         self._clock.sleep_s(2.0 * PUSH_S)
 
     def contacts(self) -> frozenset[str]:

@@ -286,18 +286,17 @@ class _Episode:
         self.parts.progress.quiet()
         choice, plan = self.parts.confirm(proposal), proposal.motion_plan
         if isinstance(choice, Edit):
+            done = [subtask.casefold() for subtask in self.subtasks[:index]]
+            place = done.index(choice.subtask.casefold()) if choice.subtask.casefold() in done else index
             self._record(
                 "correction",
+                subtask_index=place,
                 subtask={"from": self.subtasks[index], "to": choice.subtask},
                 motion_plan={"from": plan, "to": choice.motion_plan},
                 rows=proposal.rows,
             )
-            self.edit = choice
-            done = [subtask.casefold() for subtask in self.subtasks[:index]]
-            if choice.subtask.casefold() in done:
-                self.back = done.index(choice.subtask.casefold())
-            else:
-                self.subtasks[index] = choice.subtask
+            self.subtasks[place], self.edit = choice.subtask, choice
+            self.back = place if place < index else None
             return False
         if not choice:
             self._record("dropped", reason="declined by the operator")
