@@ -117,48 +117,51 @@ def request_for(suite_name: str, seed: int, connection: ServerConnection, verifi
     )  # fmt: skip
 
 
-def one_seed(suite_name: str, seed: int, connection: ServerConnection, verifier: str) -> dict[str, Any]:
-    """The seed alone, and when that failed again alone and with an operator."""
-    request = request_for(suite_name, seed, connection, verifier)
-    line: dict[str, Any] = {"seed": seed, "alone": trial(request, edited=False)}
-    if not line["alone"]["success"]:
-        line |= {"again": trial(request, edited=False), "edited": trial(request, edited=True)}
-    return line
+class Log:
+    """Trials by seed and kind ("alone", "again", "edited"), one synced line each; an interrupted run's are there."""
+
+    def __init__(self, path: Path, about: dict[str, Any]) -> None:
+        self._path, self.trials = path, dict[tuple[int, str], dict[str, Any]]()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = path.read_bytes() if path.is_file() else b""
+        first, *lines = [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()] or [None]
+        if first is None:
+            path.write_bytes(b"")
+            self._append(about)
+        elif first != about:
+            raise SystemExit(f"{path} is of {first}, not of {about}: give another --out")
+        else:
+            os.truncate(path, data.rfind(b"\n") + 1)
+        self.trials.update({(line["seed"], line["kind"]): line for line in lines})
+
+    def trial(self, kind: str, request: SimRequest) -> dict[str, Any]:
+        """That trial, run unless it is known."""
+        seed = request.choice.seed
+        if (seed, kind) not in self.trials:
+            line = {"seed": seed, "kind": kind, **trial(request, kind == "edited"), "commit": current_commit()}
+            self._append(line)
+            self.trials[seed, kind] = line
+        return self.trials[seed, kind]
+
+    def _append(self, value: dict[str, Any]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(value, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def read_lines(log: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
-    """What an interrupted run has done already; its first line says of what."""
-    if not log.is_file():
-        append(log, about)
-        return []
-    data = log.read_bytes()
-    os.truncate(log, data.rfind(b"\n") + 1)
-    first, *lines = [json.loads(line) for line in data.splitlines(keepends=True) if line.endswith(b"\n")]
-    if first != about:
-        raise SystemExit(f"{log} is of {first}, not of {about}: give another --out or delete it")
-    return lines
-
-
-def append(log: Path, value: dict[str, Any]) -> None:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(value, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def summary(about: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(about: dict[str, Any], seeds: int, failed: list[dict[str, Any]]) -> dict[str, Any]:
     """The figures, with everything that they need beside them."""
-    failed = [line for line in lines if "edited" in line]
-    saved, again = (sum(line[name]["success"] for line in failed) for name in ("edited", "again"))
-    edits = sum(line["edited"]["edit"] is not None for line in failed)
+    saved, again = (sum(line[kind]["success"] for line in failed) for kind in ("edited", "again"))
     return {
-        "commit": current_commit(), **about, "seeds": [lines[0]["seed"], lines[-1]["seed"]],
-        "alone": share(len(lines) - len(failed), len(lines)),
-        "failed_with_one_edit": share(saved, len(failed)), "edits_made": edits,
+        **about, "seeds": [about["first_seed"], about["first_seed"] + seeds - 1],
+        "alone": share(seeds - len(failed), seeds),
+        "failed_with_one_edit": share(saved, len(failed)),
+        "edits_made": sum(line["edited"]["edit"] is not None for line in failed),
         "failed_again_alone": share(again, len(failed)),
-        "held": 2 * saved >= len(failed), "load_average": [round(value, 2) for value in os.getloadavg()],
-        "machine": about_machine(), "trials": failed,
+        "held": 2 * saved >= len(failed),
+        "commits": sorted({str(line[kind]["commit"]) for line in failed for kind in ("alone", "again", "edited")}),
+        "load_average": [round(value, 2) for value in os.getloadavg()], "machine": about_machine(), "failed": failed,
     }  # fmt: skip
 
 
@@ -182,18 +185,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts = server_facts(connection, None)
     about = {"suite": options.suite, "verifier": options.verifier, "first_seed": options.seed, "max_cycles": MAX_CYCLES}
     about |= {name: facts[name] for name in ("model", "hash", "base_hash")}
-    log = options.out.with_suffix(".jsonl")
-    lines = read_lines(log, about)
-    while sum("edited" in line for line in lines) < options.failures:
-        lines.append(one_seed(options.suite, options.seed + len(lines), connection, options.verifier))
-        append(log, lines[-1])
-        failed = [line for line in lines if "edited" in line]
-        print(f"seed {lines[-1]['seed']}: {len(failed)} of {len(lines)} failed, "
-              f"{sum(line['edited']['success'] for line in failed)} of them saved", file=sys.stderr, flush=True)
+    log = Log(options.out.with_suffix(".jsonl"), about)
+    failed: list[dict[str, Any]] = []
+    seeds = saved = 0
+    while len(failed) < options.failures:
+        request = request_for(options.suite, options.seed + seeds, connection, options.verifier)
+        alone, seeds = log.trial("alone", request), seeds + 1
+        if not alone["success"]:
+            failed.append({kind: log.trial(kind, request) for kind in ("alone", "again", "edited")})
+            saved += failed[-1]["edited"]["success"]
+        print(f"{seeds} seeds: {len(failed)} failed, {saved} of them saved", file=sys.stderr, flush=True)
     connection.close()
-    figures = summary(about, lines)
+    figures = summary(about, seeds, failed)
     options.out.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(json.dumps({key: value for key, value in figures.items() if key != "trials"}, ensure_ascii=False))
+    print(json.dumps({key: value for key, value in figures.items() if key != "failed"}, ensure_ascii=False))
     return 0 if figures["held"] else 1
 
 
