@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from capture_to_wire import about_run
 from soak_twin_episode import Played, Script, TwinDesk, problems_in
 from soak_twin_faults import HOLD_S, KINDS, Lateness
 from soak_twin_monitor import Seen
@@ -244,11 +245,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.list:
         print("\n".join(known))
         return 0
-    lateness, load = Lateness(), [round(value, 2) for value in os.getloadavg()]
+    lateness, about = Lateness(), about_run()
     lateness.start()
     rows = run(known, arguments.only or list(known), lateness)
     figures = {"rows": [asdict(row) for row in rows], "held": not any(row.problems for row in rows), "seed": SEED,
-               "load_average": load, "commit": current_commit(), "machine": about_machine()}  # fmt: skip
+               **about, "commit": current_commit(), "machine": about_machine()}  # fmt: skip
     for path, text in ((arguments.out, json.dumps(figures, indent=1) + "\n"), (arguments.table, markdown(rows))):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from soak import BIN, ROOT, machine, open_files, resident_mb
-from soak_twin_episode import Script, TwinDesk, after, problems_in
+from soak_twin_episode import Script, TwinDesk, after, chunks_done_s, problems_in
 from soak_twin_faults import KINDS, Lateness
 from soak_twin_monitor import Seen
 
@@ -43,6 +43,7 @@ MAX_MORE_FILES = 3
 THREADS_END_S = 10.0
 LASTING_THREADS = ("server",)
 STARVED_S = 0.2
+STARVED_LOAD = 2.0
 STARVED_EXITS = (4, 6, 7)
 """A computer that is so late may itself be the fault: a camera, an arm or a server then looks silent, rightly."""
 JUST_ENDED_S = 4.0
@@ -72,7 +73,13 @@ class Line:
     malloc_mb: float = 0.0
     python_blocks: int = 0
     files: int = 0
+    load: float = 0.0
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def starved(self) -> bool:
+        """Whether others wanted this computer so much that a part may have looked silent."""
+        return self.lateness_s > STARVED_S or self.load > STARVED_LOAD * (os.cpu_count() or 1)
 
 
 class Soak:
@@ -120,19 +127,20 @@ class Soak:
         played = self.desk.play(script, folder)
         line.exit_code, line.message = played.exit_code, played.message
         line.fault = kind if self.faults.injected_s is not None else None
+        line.load = round(os.getloadavg()[0], 1)
         line.lateness_s = round(self.lateness.worst_s(played.began_s, played.ended[0]), 3)
-        self._judge(line, played.seen, played.ended)
+        self._judge(line, played.seen, played.ended, chunks_done_s(folder))
         line.problems += problems_in(folder, line.fault is not None and not KINDS[line.fault].ends)
         self.desk.tidy()
 
-    def _judge(self, line: Line, seen: Seen, ended: tuple[float, float]) -> None:
+    def _judge(self, line: Line, seen: Seen, ended: tuple[float, float], done_s: list[float]) -> None:
         """What the monitor saw, the exit code, and how long the arm took to stand."""
         line.commands = seen.commands
         line.problems += seen.complaints
         if not seen.held:
             line.problems.append("the arm was not held at the end")
         if line.fault is None:
-            starved = line.lateness_s > STARVED_S and line.exit_code in STARVED_EXITS
+            starved = line.starved and line.exit_code in STARVED_EXITS
             if line.exit_code not in (0, 3) and not starved:
                 line.problems.append(f"exit code {line.exit_code} without a fault")
             return
@@ -149,13 +157,16 @@ class Soak:
             line.hold_s = round(holds[0], 3) if holds else None
             late_s = self.lateness.worst_s(from_s[0], from_s[0] + (line.hold_s or 0.0))
             line.hold_lateness_s = round(late_s, 3)
-            if line.hold_s is None or line.hold_s > about.still_after_s + late_s:
+            until_s = about.still_after_s + late_s
+            if any(0.0 <= at_s - from_s[0] <= until_s for at_s in done_s):
+                line.hold_s = None  # its chunk was done in time, and it stood
+            elif line.hold_s is None or line.hold_s > until_s:
                 line.problems.append(f"held {line.hold_s} s after {line.fault} (limit {about.still_after_s} s)")
         for wall_s, after_s in seen.late:
             if after_s > (about.still_after_s or 0.0) + self.lateness.worst_s(from_s[0], wall_s):
                 line.problems.append(f"a command {after_s:.2f} s after {line.fault} (limit {about.still_after_s} s)")
         unmet = ended[0] - self._injected_wall_s() < JUST_ENDED_S
-        starved = line.lateness_s > STARVED_S and line.exit_code in STARVED_EXITS
+        starved = line.starved and line.exit_code in STARVED_EXITS
         if line.exit_code not in about.exits and not (unmet and line.exit_code == 0) and not starved:
             line.problems.append(f"exit code {line.exit_code} after {line.fault}, expected {about.exits}")
 

@@ -218,6 +218,13 @@ def problems_in(folder: Path, may_lack_end: bool) -> list[str]:
     return problems_of(episode, may_lack_end)
 
 
+def chunks_done_s(folder: Path) -> list[float]:
+    """When (wall) chunks were done, and the arm stood by itself; none of a recording that cannot be read."""
+    with contextlib.suppress(RecordingError):
+        return [event["t_s"] for event in read_episode(folder).of("chunk") if event["outcome"] == "completed"]
+    return []
+
+
 def problems_of(episode: RecordedEpisode, may_lack_end: bool) -> list[str]:
     """What is wrong with a recording, as a reader sees it."""
     found, kinds = [], [str(event["event"]) for event in episode.events]

@@ -68,7 +68,7 @@ KINDS: dict[str, Kind] = {
     "arm moved since capture": Kind(None, (0, 3, 5)),
     "operator's key": Kind(None, (0, 3)),
     "operator's Ctrl-C": Kind(HOLD_S, (130,), wall=True),
-    "disk below the floor": Kind(0.5 + HOLD_S, (3,)),
+    "disk below the floor": Kind(HOLD_S, (3,), observed=True),
     "disk full": Kind(HOLD_S, (3,), ends=False),
     "client killed": Kind(None, (-signal.SIGKILL,), ends=False),
 }
