@@ -30,6 +30,7 @@ from soak_twin_episode import Played, Script, TwinDesk, problems_in
 from soak_twin_faults import HOLD_S, KINDS, Lateness
 from soak_twin_monitor import Seen
 
+from vlm2vla_client.loop import OUTCOMES
 from vlm2vla_client.machine import about_machine, current_commit
 from vlm2vla_client.recorder import read_episode
 
@@ -96,8 +97,7 @@ def observe(row: Row, folder: Path, from_s: float) -> None:
             break
     if row.observed_s is None:  # the disk took no more
         row.observed_s = row.hold_s
-    if row.outcome == "" and episode.events[-1]["event"] == "end":
-        row.outcome = str(episode.events[-1]["outcome"])
+    row.outcome = row.outcome or OUTCOMES.get(row.exit_code or 0, "verified")
 
 
 # --- in the twin ------------------------------------------------------------------------------------------------------
@@ -121,8 +121,8 @@ def verifying(seen: Seen) -> bool:
 IN_STREAM = ("rows reordered", "rows twice", "corrupt JSON", "answer late", "server stalled 5 s", "server half-open")
 MOMENTS = {"arm moved since capture": "planning", "verifier fails": "verifying", "verifier crashes": "verifying"}
 LIMITS_S = {"operator's key": HOLD_S}
-SEEN_AFTER_A_SECOND = ("server killed", "server half-open", "server stalled 5 s")
-SLOWLY = 0.1  # the arm is still on its way then
+SEEN_LATER = ("server killed", "server half-open", "server stalled 5 s", "camera frozen", "camera gone")
+SLOWLY = 0.1  # so that the arm is still on its way then
 MAX_CYCLES = 6
 
 
@@ -132,7 +132,7 @@ def in_twin(kind: str, moment: str, desk: TwinDesk, lateness: Lateness, folder: 
     row = Row(kind, moment, limit_s=LIMITS_S.get(kind, about.still_after_s) if moment == "moving" else None)
     when = {"moving": moving, "planning": planning(folder), "verifying": verifying}[moment]
     execute: Literal["whole", "streamed"] = "streamed" if kind in IN_STREAM else "whole"
-    speed = SLOWLY if kind in SEEN_AFTER_A_SECOND else 1.0
+    speed = SLOWLY if kind in SEEN_LATER else 1.0
     played = desk.play(Script(TASK, SEED, execute, speed, kind, when, max_cycles=MAX_CYCLES), folder)
     faults = desk.faults
     row.exit_code = played.exit_code
