@@ -5,9 +5,9 @@
         --out bench/results/edit_recovery.json
 
 Each seed is first run by the policy alone. One that fails (no full score by physics) is run again with an operator
-who, once a trial, gives other words, one of the two that `--confirm` takes: from the third try of a subtask on, the
-motion plan becomes what the scripted expert says of the moment, where that differs from what the policy said; or, when
-a subtask needs the thing in the gripper and it is not there, the subtask becomes the earlier one that goes to it. Only
+who, once a trial, gives other words, as `--confirm` takes them: from the third try of a subtask on, the motion plan
+becomes what the scripted expert says of the moment, where that differs from what the policy said; and when the subtask
+needs the thing in the gripper and it is not there, the words are the expert's for the grasp that came before. Only
 these words come from the expert: the rows are the model's.
 Beside it, as a control, the same seed once more with nobody's help.
 Must: at least half of the failed trials reach full score. Every seed is a line beside the result (`.jsonl`): an
@@ -36,7 +36,7 @@ from vlm2vla_client.progress import SilentProgress
 from vlm2vla_client.scenes import SceneChoice
 from vlm2vla_client.sim import SimBench, SimRequest, make_policy, make_verifier, run_parts
 from vlm2vla_twin.expert import Expert, UnknownTaskError
-from vlm2vla_twin.skills import parse_subtask
+from vlm2vla_twin.skills import Skill, parse_subtask
 from vlm2vla_twin.tasks import SUITES
 from vlm2vla_twin.truth import is_held
 
@@ -69,10 +69,8 @@ class Editor:
         """What the expert would say now; None when it does not understand the subtask."""
         skill = parse_subtask(subtask)
         if skill is not None and skill.kind not in ("move", "grasp") and not self._holds(skill.object):
-            for earlier in reversed(self.tries):
-                before = parse_subtask(earlier)
-                if before is not None and (before.kind, before.object) == ("move", skill.object):
-                    return Edit(earlier)
+            grasp = Skill("grasp", skill.object)
+            subtask = next((known for known in self.tries if parse_subtask(known) == grasp), subtask)
         try:
             return Edit(subtask, self.expert.motion_plan(subtask))
         except UnknownTaskError:
