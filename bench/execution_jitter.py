@@ -108,7 +108,7 @@ def timings(commands: Sequence[tuple[float, float]], events: Sequence[dict[str, 
     over, jitter = [], []
     for number, row in enumerate(rows):
         jitter += [1000.0 * (b[0] - a[0] - a[1]) for a, b in itertools.pairwise(row)]
-        if (number + 1) % ROWS_A_CHUNK and number >= WARM_UP_ROWS:  # between chunks the loop plans anew
+        if (number + 1) % ROWS_A_CHUNK and WARM_UP_ROWS <= number < len(rows) - 1:  # between chunks the loop plans anew
             over.append(1000.0 * (rows[number + 1][0][0] - row[0][0] - sum(seconds for _, seconds in row)))
     return {"over_a_row_ms": shares(over), "jitter_ms": shares([abs(value) for value in jitter]), "rows": len(rows),
             "substeps": len(commands)}  # fmt: skip
