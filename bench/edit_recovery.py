@@ -30,6 +30,7 @@ from vlm2vla_client.confirm import Edit, Proposal
 from vlm2vla_client.episode import EpisodeResult
 from vlm2vla_client.evaluation.run import server_facts
 from vlm2vla_client.evaluation.statistics import wilson
+from vlm2vla_client.evaluation.trial import ANSWER_LIMIT_S
 from vlm2vla_client.http import ServerConnection
 from vlm2vla_client.machine import about_machine, current_commit
 from vlm2vla_client.progress import SilentProgress
@@ -94,7 +95,7 @@ def trial(request: SimRequest, edited: bool) -> dict[str, Any]:
 
 
 def episode(request: SimRequest, edited: bool) -> tuple[EpisodeResult, Editor | None]:
-    bench = SimBench.open(request.choice, request.limits, realtime=False)
+    bench = SimBench.open(request.choice, request.limits, realtime=False, simulated=True)
     editor = Editor(Expert(bench.world)) if edited else None
     try:
         asked = replace(request, confirm=editor)
@@ -111,7 +112,7 @@ def request_for(suite_name: str, seed: int, connection: ServerConnection, verifi
     choice = SceneChoice(suite_name, suite.scene(seed, "varied"), suite.scenario, suite, seed)
     return SimRequest(
         suite.instruction(seed), choice, verifiers=(verifier,), connection=connection, max_cycles=MAX_CYCLES,
-        max_cycles_per_subtask=0, animate=False,
+        max_cycles_per_subtask=0, animate=False, limits={"max_answer_age_s": ANSWER_LIMIT_S},
     )  # fmt: skip
 
 
