@@ -130,17 +130,22 @@ def shares(values: Sequence[float]) -> dict[str, float]:
     return {f"p{share}": round(quantile(ordered, share / 100), 2) for share in (10, 50, 95, 99)}
 
 
+def about_run() -> dict[str, Any]:
+    """How busy the machine is just now, and whether others have to wait for this program."""
+    real_time = hasattr(os, "SCHED_FIFO") and os.sched_getscheduler(0) == os.SCHED_FIFO
+    return {"load_average": [round(value, 2) for value in os.getloadavg()], "real_time": real_time}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(argv)
-    before = [round(value, 2) for value in os.getloadavg()]
+    run = about_run()
     result = measure(arguments.requests)
     held = result["last_pixel_to_wire_ms"]["p50"] < LIMIT_MS
     machine = {"machine": platform.machine(), "processors": os.cpu_count(), "python": platform.python_version()}
-    real_time = hasattr(os, "SCHED_FIFO") and os.sched_getscheduler(0) == os.SCHED_FIFO
-    result |= {"limit_ms": LIMIT_MS, "held": held, "load_average": before, "real_time": real_time, **machine}
+    result |= {"limit_ms": LIMIT_MS, "held": held, **run, **machine}
     text = json.dumps(result, indent=1)
     print(text)
     if arguments.out is not None:

@@ -5,17 +5,20 @@
         --out bench/results/edit_recovery.json
 
 Each seed is first run by the policy alone. One that fails (no full score by physics) is run again with an operator
-who, once a trial, gives other words: when a subtask is tried for the third time, the motion plan becomes what the
-scripted expert says of the moment. Only these words come from the expert: the rows are the model's, by /actions.
+who, once a trial, gives other words, as `--confirm` takes them: from the third try of a subtask on, the motion plan
+becomes what the scripted expert says of the moment, where that differs from what the policy said; and when the subtask
+needs the thing in the gripper and it is not there, the words are the expert's for the grasp that came before. Only
+these words come from the expert: the rows are the model's.
 Beside it, as a control, the same seed once more with nobody's help.
-Must: at least half of the failed trials reach full score.
+Must: at least half of the failed trials reach full score. Every seed is a line beside the result (`.jsonl`): an
+interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -24,52 +27,83 @@ from pathlib import Path
 from typing import Any
 
 from vlm2vla_client.confirm import Edit, Proposal
+from vlm2vla_client.episode import EpisodeResult
+from vlm2vla_client.evaluation.run import server_facts
 from vlm2vla_client.evaluation.statistics import wilson
+from vlm2vla_client.evaluation.trial import ANSWER_LIMIT_S
 from vlm2vla_client.http import ServerConnection
+from vlm2vla_client.machine import about_machine, current_commit
 from vlm2vla_client.progress import SilentProgress
 from vlm2vla_client.scenes import SceneChoice
 from vlm2vla_client.sim import SimBench, SimRequest, make_policy, make_verifier, run_parts
 from vlm2vla_twin.expert import Expert, UnknownTaskError
+from vlm2vla_twin.skills import Skill, parse_subtask
 from vlm2vla_twin.tasks import SUITES
+from vlm2vla_twin.truth import is_held
 
-CHECKOUT = Path(__file__).resolve().parents[1]
 TRIES_BEFORE_EDIT = 2
 MAX_CYCLES = 12
+STARVED_AGAIN = 3
 
 
 @dataclass
 class Editor:
-    """Lets every chunk pass but one: the first of the third try of a subtask gets the expert's words."""
+    """Lets every chunk pass but one."""
 
     expert: Expert
     tries: dict[str, int] = field(default_factory=dict)
-    edit: dict[str, str | None] | None = None
+    edit: dict[str, Any] | None = None
 
     def __call__(self, proposal: Proposal) -> bool | Edit:
         subtask = proposal.subtask
         self.tries[subtask] = self.tries.get(subtask, 0) + 1
         if self.edit is not None or self.tries[subtask] <= TRIES_BEFORE_EDIT:
             return True
-        try:
-            words = self.expert.motion_plan(subtask)
-        except UnknownTaskError:
+        words = self._words(subtask)
+        if words is None or (words.subtask, words.motion_plan) == (subtask, proposal.motion_plan):
             return True
-        self.edit = {"subtask": subtask, "from": proposal.motion_plan, "to": words}
-        return Edit(subtask, words)
+        said = {"subtask": subtask, "motion_plan": proposal.motion_plan}
+        self.edit = {"from": said, "to": {"subtask": words.subtask, "motion_plan": words.motion_plan}}
+        return words
+
+    def _words(self, subtask: str) -> Edit | None:
+        """What the expert would say now; None when it does not understand the subtask."""
+        skill = parse_subtask(subtask)
+        if skill is not None and skill.kind not in ("move", "grasp") and not self._holds(skill.object):
+            grasp = Skill("grasp", skill.object)
+            subtask = next((known for known in self.tries if parse_subtask(known) == grasp), subtask)
+        try:
+            return Edit(subtask, self.expert.motion_plan(subtask))
+        except UnknownTaskError:
+            return None
+
+    def _holds(self, name: str) -> bool:
+        return name in self.expert.world.object_names() and is_held(self.expert.world, name)
 
 
-def trial(request: SimRequest, edited: bool) -> tuple[bool, Editor | None]:
-    """One episode; whether physics gave it the full score."""
-    bench = SimBench.open(request.choice, request.limits, realtime=False)
+def trial(request: SimRequest, edited: bool) -> dict[str, Any]:
+    """One episode: whether physics gave it the full score, what it had reached, and the edit, if there was one."""
+    for _ in range(STARVED_AGAIN):
+        result, editor = episode(request, edited)
+        if result.outcome not in ("robot", "camera", "server"):
+            break  # the twin's do not fail: a starved computer makes them look silent
+    if result.exit_code not in (0, 3, 5):
+        raise SystemExit(f"seed {request.choice.seed} ended as {result.outcome}: {result.message}")
+    found = {"success": result.success, "outcome": result.outcome, "cycles": result.cycles}
+    found |= {"subtasks": len(result.subtasks), "subtasks_done": result.subtasks_done}
+    return {**found, "edit": editor.edit} if editor is not None else found
+
+
+def episode(request: SimRequest, edited: bool) -> tuple[EpisodeResult, Editor | None]:
+    bench = SimBench.open(request.choice, request.limits, realtime=False, simulated=True)
     editor = Editor(Expert(bench.world)) if edited else None
     try:
         asked = replace(request, confirm=editor)
         with tempfile.TemporaryDirectory() as folder:
             parts = make_policy(asked, bench.world), make_verifier(asked, bench)
-            result = run_parts(asked, bench, *parts, Path(folder) / "episode", SilentProgress())
+            return run_parts(asked, bench, *parts, Path(folder) / "episode", SilentProgress()), editor
     finally:
         bench.close()
-    return result.success, editor
 
 
 def request_for(suite_name: str, seed: int, connection: ServerConnection, verifier: str) -> SimRequest:
@@ -78,8 +112,61 @@ def request_for(suite_name: str, seed: int, connection: ServerConnection, verifi
     choice = SceneChoice(suite_name, suite.scene(seed, "varied"), suite.scenario, suite, seed)
     return SimRequest(
         suite.instruction(seed), choice, verifiers=(verifier,), connection=connection, max_cycles=MAX_CYCLES,
-        max_cycles_per_subtask=0, animate=False,
+        max_cycles_per_subtask=0, animate=False, limits={"max_answer_age_s": ANSWER_LIMIT_S},
     )  # fmt: skip
+
+
+class Log:
+    """Trials by seed and kind ("alone", "again", "edited"), one synced line each; an interrupted run's are there."""
+
+    def __init__(self, path: Path, about: dict[str, Any]) -> None:
+        self._path, self.trials = path, dict[tuple[int, str], dict[str, Any]]()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = path.read_bytes() if path.is_file() else b""
+        first, *lines = [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()] or [None]
+        if first is None:
+            path.write_bytes(b"")
+            self._append(about)
+        elif first != about:
+            raise SystemExit(f"{path} is of {first}, not of {about}: give another --out")
+        else:
+            os.truncate(path, data.rfind(b"\n") + 1)
+        self.trials.update({(line["seed"], line["kind"]): line for line in lines})
+
+    def trial(self, kind: str, request: SimRequest) -> dict[str, Any]:
+        """That trial, run unless it is known."""
+        seed = request.choice.seed
+        if (seed, kind) not in self.trials:
+            line = {"seed": seed, "kind": kind, **trial(request, kind == "edited"), "commit": current_commit()}
+            self._append(line)
+            self.trials[seed, kind] = line
+        return self.trials[seed, kind]
+
+    def _append(self, value: dict[str, Any]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(value, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def summary(about: dict[str, Any], seeds: int, failed: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures, with everything that they need beside them."""
+    saved, again = (sum(line[kind]["success"] for line in failed) for kind in ("edited", "again"))
+    return {
+        **about, "seeds": [about["first_seed"], about["first_seed"] + seeds - 1],
+        "alone": share(seeds - len(failed), seeds),
+        "failed_with_one_edit": share(saved, len(failed)),
+        "edits_made": sum(line["edited"]["edit"] is not None for line in failed),
+        "failed_again_alone": share(again, len(failed)),
+        "held": 2 * saved >= len(failed),
+        "commits": sorted({str(line[kind]["commit"]) for line in failed for kind in ("alone", "again", "edited")}),
+        "load_average": [round(value, 2) for value in os.getloadavg()], "machine": about_machine(), "failed": failed,
+    }  # fmt: skip
+
+
+def share(success: int, trials: int) -> dict[str, Any]:
+    interval = wilson(success, trials)
+    return {"trials": trials, "success": success, "wilson_95": [round(interval.low, 4), round(interval.high, 4)]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,32 +181,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     connection = ServerConnection(options.server)
     connection.wait_ready(60.0)
-    lines: list[dict[str, Any]] = []
-    seed, alone = options.seed, 0
-    while len(lines) < options.failures:
-        request = request_for(options.suite, seed, connection, options.verifier)
-        if trial(request, edited=False)[0]:
-            alone += 1
-        else:
-            again, _ = trial(request, edited=False)
-            success, editor = trial(request, edited=True)
-            edit = editor.edit if editor is not None else None
-            lines.append({"seed": seed, "success": success, "again_alone": again, "edit": edit})
-            print(json.dumps(lines[-1], ensure_ascii=False), file=sys.stderr, flush=True)
-        seed += 1
+    facts = server_facts(connection, None)
+    about = {"suite": options.suite, "verifier": options.verifier, "first_seed": options.seed, "max_cycles": MAX_CYCLES}
+    about |= {name: facts[name] for name in ("model", "hash", "base_hash")}
+    log = Log(options.out.with_suffix(".jsonl"), about)
+    failed: list[dict[str, Any]] = []
+    seeds = saved = 0
+    while len(failed) < options.failures:
+        request = request_for(options.suite, options.seed + seeds, connection, options.verifier)
+        alone, seeds = log.trial("alone", request), seeds + 1
+        if not alone["success"]:
+            failed.append({kind: log.trial(kind, request) for kind in ("alone", "again", "edited")})
+            saved += failed[-1]["edited"]["success"]
+        print(f"{seeds} seeds: {len(failed)} failed, {saved} of them saved", file=sys.stderr, flush=True)
     connection.close()
-    saved = sum(line["success"] for line in lines)
-    interval = wilson(saved, len(lines))
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=CHECKOUT, capture_output=True, text=True, check=False)
-    figures = {
-        "commit": commit.stdout.strip(), "suite": options.suite, "verifier": options.verifier,
-        "seeds": [options.seed, seed - 1], "alone": {"trials": seed - options.seed, "success": alone},
-        "failed_with_one_edit": {"trials": len(lines), "success": saved, "wilson_95": [interval.low, interval.high]},
-        "failed_again_alone": {"trials": len(lines), "success": sum(line["again_alone"] for line in lines)},
-        "held": 2 * saved >= len(lines), "trials": lines,
-    }  # fmt: skip
+    figures = summary(about, seeds, failed)
     options.out.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(json.dumps({key: value for key, value in figures.items() if key != "trials"}, ensure_ascii=False))
+    print(json.dumps({key: value for key, value in figures.items() if key != "failed"}, ensure_ascii=False))
     return 0 if figures["held"] else 1
 
 

@@ -11,6 +11,8 @@ Prints a table by kind of fault, writes one JSON file. Exit code 1, and `problem
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import random
@@ -25,40 +27,15 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from soak import BIN, ROOT, machine, open_files, resident_mb
-from soak_twin_faults import (
-    KINDS,
-    DrivenCamera,
-    Faults,
-    FaultyRobot,
-    FaultyVerifier,
-    Lateness,
-    full_disk,
-    press_ctrl_c,
-    roomy_disk,
-)
-from soak_twin_monitor import MonitoredRobot, Seen
-from soak_twin_server import PolicyServer
-
-from vlm2vla_client.errors import RecordingError
-from vlm2vla_client.http import ServerConnection
-from vlm2vla_client.physical import PhysicalRun, run_on_arm
-from vlm2vla_client.policies.server import ServerPolicy
-from vlm2vla_client.progress import SilentProgress
-from vlm2vla_client.recorder import MIN_FREE_BYTES, RecordedEpisode, Recorder, read_episode
-from vlm2vla_client.robots.twin import TwinClock, TwinRobot
-from vlm2vla_client.scenes import choose_scene
-from vlm2vla_client.sim import sim_limits
-from vlm2vla_client.verifiers.chain import ChainVerifier
-from vlm2vla_twin.expert import Expert
-from vlm2vla_twin.physics import World
+from soak_twin_episode import Script, TwinDesk, after, chunks_done_s, problems_in
+from soak_twin_faults import KINDS, Lateness
+from soak_twin_monitor import Seen
 
 FIRST_SEED = 700_000
 TASKS = ("pick up the carrot", "put the carrot on the yellow plate")
-MAX_ANSWER_AGE_S = 4.0
-LATE_S = 5.0
 LATEST_STRIKE_S = 15.0
 WARM_UP_EPISODES = 5
 MAX_GROWTH_MB = 40.0
@@ -66,6 +43,7 @@ MAX_MORE_FILES = 3
 THREADS_END_S = 10.0
 LASTING_THREADS = ("server",)
 STARVED_S = 0.2
+STARVED_LOAD = 2.0
 STARVED_EXITS = (4, 6, 7)
 """A computer that is so late may itself be the fault: a camera, an arm or a server then looks silent, rightly."""
 JUST_ENDED_S = 4.0
@@ -92,41 +70,16 @@ class Line:
     lateness_s: float = 0.0
     hold_lateness_s: float = 0.0
     memory_mb: float = 0.0
+    malloc_mb: float = 0.0
+    python_blocks: int = 0
     files: int = 0
+    load: float = 0.0
     problems: list[str] = field(default_factory=list)
 
-
-class Strike(threading.Thread):
-    """Injects a fault after a while, unless the episode has ended before."""
-
-    def __init__(self, soak: Soak, kind: str, after_s: float, folder: Path) -> None:
-        super().__init__(name="strike", daemon=True)
-        self._soak, self._kind, self._after_s, self._folder = soak, kind, after_s, folder
-        self._over = threading.Event()
-        self._lock = threading.Lock()
-
-    def run(self) -> None:
-        while not (self._folder / "events.jsonl").stat().st_size:  # until its first event it is no episode
-            if self._over.wait(0.01):
-                return
-        if self._over.wait(self._after_s):
-            return
-        if self._kind == "server killed":
-            self._soak.server.kill()
-        with self._lock:  # an episode that has just ended must not be interrupted any more
-            if self._over.is_set():
-                return
-            if self._kind == "disk full":
-                full_disk(self._folder / "events.jsonl")
-            self._soak.faults.inject(self._kind)
-            if self._kind == "operator's Ctrl-C":
-                press_ctrl_c()
-
-    def cancel(self) -> None:
-        self._over.set()
-        with self._lock:
-            pass
-        self.join()
+    @property
+    def starved(self) -> bool:
+        """Whether others wanted this computer so much that a part may have looked silent."""
+        return self.lateness_s > STARVED_S or self.load > STARVED_LOAD * (os.cpu_count() or 1)
 
 
 class Soak:
@@ -134,8 +87,8 @@ class Soak:
 
     def __init__(self, folder: Path, chance: random.Random) -> None:
         self.folder, self.chance = folder, chance
-        self.faults = Faults()
-        self.server = PolicyServer(self.faults, LATE_S)
+        self.desk = TwinDesk()
+        self.faults = self.desk.faults
         self.lateness = Lateness()
         self.lateness.start()
         self.deck: list[str] = []
@@ -159,64 +112,35 @@ class Soak:
         line.seconds = round(time.monotonic() - began_s, 1)
         self._look_for_threads(line, threads)
         line.memory_mb, line.files = round(resident_mb(os.getpid()), 1), open_files(os.getpid())
+        gc.collect()
+        line.malloc_mb, line.python_blocks = round(malloc_mb(), 1), sys.getallocatedblocks()
         if not line.problems:
             shutil.rmtree(folder, ignore_errors=True)
         return line
 
     def _run(self, line: Line, kind: str | None, folder: Path) -> None:
         chance, speed = self.chance, self.chance.choice((1.0, 0.5))
-        choice = choose_scene(line.task, None, line.seed)
-        world = World(choice.spec)
-        clock = TwinClock(world, realtime=True)
-        self.faults.begin(clock.now_s)
-        self.server.expert, self.server.chance = Expert(world), random.Random(line.seed)
-        robot = MonitoredRobot(FaultyRobot(TwinRobot(world, clock), self.faults), self.faults, speed)
-        camera = DrivenCamera(world, clock, self.faults)
-        verifier = ChainVerifier([FaultyVerifier(world, camera.truth, self.faults)])
-        connection = ServerConnection(self.server.url)
-        strike = Strike(self, kind, chance.uniform(0.0, LATEST_STRIKE_S), folder) if kind is not None else None
-        request = PhysicalRun(
-            line.task, choice.scenario, line.seed, "streamed" if line.execute == "streamed" else "whole", speed,
-            max_cycles=12,
+        script = Script(
+            line.task, line.seed, "streamed" if line.execute == "streamed" else "whole", speed, kind,
+            after(chance.uniform(0.0, LATEST_STRIKE_S)),
         )  # fmt: skip
-        recorder = Recorder(folder, free_bytes=self._free_bytes)
-        limits = sim_limits({"max_answer_age_s": MAX_ANSWER_AGE_S})
-        began_s = time.monotonic()
-        try:
-            if strike is not None:
-                strike.start()
-            result = run_on_arm(
-                request, robot, camera, ServerPolicy(connection), verifier, limits, recorder, SilentProgress(), clock
-            )
-            line.exit_code, line.message = result.exit_code, result.message
-        except KeyboardInterrupt:  # in the moment after its last event
-            line.exit_code = 130
-        finally:
-            if strike is not None:
-                strike.cancel()
-            ended = self.faults.now()
-            roomy_disk()
-            connection.close()
-            recorder.close()
+        played = self.desk.play(script, folder)
+        line.exit_code, line.message = played.exit_code, played.message
         line.fault = kind if self.faults.injected_s is not None else None
-        line.lateness_s = round(self.lateness.worst_s(began_s, ended[0]), 3)
-        self._judge(line, robot.seen, ended)
-        self._read(line, folder)
-        self.faults.clear()
-        self.server.hang_up()
-        self.server.start()
+        line.load = round(os.getloadavg()[0], 1)
+        line.lateness_s = round(self.lateness.worst_s(played.began_s, played.ended[0]), 3)
+        self._judge(line, played.seen, played.ended, chunks_done_s(folder))
+        line.problems += problems_in(folder, line.fault is not None and not KINDS[line.fault].ends)
+        self.desk.tidy()
 
-    def _free_bytes(self, folder: Path) -> int:
-        return (MIN_FREE_BYTES >> 1) if self.faults.meets("disk below the floor") else shutil.disk_usage(folder).free
-
-    def _judge(self, line: Line, seen: Seen, ended: tuple[float, float]) -> None:
+    def _judge(self, line: Line, seen: Seen, ended: tuple[float, float], done_s: list[float]) -> None:
         """What the monitor saw, the exit code, and how long the arm took to stand."""
         line.commands = seen.commands
         line.problems += seen.complaints
         if not seen.held:
             line.problems.append("the arm was not held at the end")
         if line.fault is None:
-            starved = line.lateness_s > STARVED_S and line.exit_code in STARVED_EXITS
+            starved = line.starved and line.exit_code in STARVED_EXITS
             if line.exit_code not in (0, 3) and not starved:
                 line.problems.append(f"exit code {line.exit_code} without a fault")
             return
@@ -233,29 +157,22 @@ class Soak:
             line.hold_s = round(holds[0], 3) if holds else None
             late_s = self.lateness.worst_s(from_s[0], from_s[0] + (line.hold_s or 0.0))
             line.hold_lateness_s = round(late_s, 3)
-            if line.hold_s is None or line.hold_s > about.still_after_s + late_s:
+            until_s = about.still_after_s + late_s
+            if any(0.0 <= at_s - from_s[0] <= until_s for at_s in done_s):
+                line.hold_s = None  # its chunk was done in time, and it stood
+            elif line.hold_s is None or line.hold_s > until_s:
                 line.problems.append(f"held {line.hold_s} s after {line.fault} (limit {about.still_after_s} s)")
         for wall_s, after_s in seen.late:
             if after_s > (about.still_after_s or 0.0) + self.lateness.worst_s(from_s[0], wall_s):
                 line.problems.append(f"a command {after_s:.2f} s after {line.fault} (limit {about.still_after_s} s)")
         unmet = ended[0] - self._injected_wall_s() < JUST_ENDED_S
-        starved = line.lateness_s > STARVED_S and line.exit_code in STARVED_EXITS
+        starved = line.starved and line.exit_code in STARVED_EXITS
         if line.exit_code not in about.exits and not (unmet and line.exit_code == 0) and not starved:
             line.problems.append(f"exit code {line.exit_code} after {line.fault}, expected {about.exits}")
 
     def _injected_wall_s(self) -> float:
         assert self.faults.injected_s is not None
         return self.faults.injected_s[0]
-
-    def _read(self, line: Line, folder: Path) -> None:
-        """The recording can be read, is whole, and nothing moved after its fault."""
-        try:
-            episode = read_episode(folder)
-        except RecordingError as error:
-            line.problems.append(f"the recording: {error}")
-            return
-        may_lack = line.fault is not None and not KINDS[line.fault].ends
-        line.problems += problems_of(episode, may_lack)
 
     def _killed(self, line: Line, folder: Path) -> None:
         """A client of its own, ended as by `kill -9`."""
@@ -269,7 +186,7 @@ class Soak:
             client.send_signal(signal.SIGKILL)
             line.exit_code = client.wait(10.0)
         for recorded in folder.glob("*/events.jsonl"):
-            self._read(line, recorded.parent)
+            line.problems += problems_in(recorded.parent, True)
 
     @staticmethod
     def _look_for_threads(line: Line, before: set[threading.Thread]) -> None:
@@ -279,25 +196,6 @@ class Soak:
                 line.problems.append(f"threads left: {', '.join(sorted(left))}")
                 return
             time.sleep(0.05)
-
-
-def problems_of(episode: RecordedEpisode, may_lack_end: bool) -> list[str]:
-    """What is wrong with a recording, as a reader sees it."""
-    found, kinds = [], [str(event["event"]) for event in episode.events]
-    if not may_lack_end and (kinds[-1:] != ["end"] or episode.summary is None or episode.truncated):
-        found.append(f"the recording ends in {kinds[-3:]}, summary {'there' if episode.summary else 'missing'}")
-    stop = next((n for n, event in enumerate(episode.events)
-                 if event["event"] == "fault" or (event["event"] == "error" and event.get("where") == "episode")), None)
-    until = kinds.index("request", stop) if stop is not None and "request" in kinds[stop:] else len(kinds)
-    if stop is not None and {"substep", "step", "decision"} & set(kinds[stop:until]):
-        found.append("the recording shows motion after the fault")
-    rows = Counter((event.get("cycle"), event.get("index")) for event in episode.of("decision"))
-    if rows and rows.most_common(1)[0][1] > 1:
-        found.append(f"row {rows.most_common(1)[0][0]} was executed twice")
-    missing = [event["frame"] for event in episode.of("step") if not episode.frame_path(event["frame"]).is_file()]
-    if missing:
-        found.append(f"frames {missing} are missing")
-    return found
 
 
 def table(lines: list[Line]) -> list[dict[str, Any]]:
@@ -315,6 +213,22 @@ def table(lines: list[Line]) -> list[dict[str, Any]]:
             "problems": sum(len(line.problems) for line in some),
         })  # fmt: skip
     return rows
+
+
+class Mallinfo(ctypes.Structure):
+    """`struct mallinfo2` of the C library."""
+
+    _fields_: ClassVar = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks",
+        "keepcost")]  # fmt: skip
+
+
+def malloc_mb() -> float:
+    """What is handed out by the C library's allocator just now, without what it keeps for later."""
+    ask = ctypes.CDLL(None).mallinfo2
+    ask.restype = Mallinfo
+    info = ask()
+    return float(info.uordblks + info.hblkhd) / 2**20
 
 
 def growth(values: list[float]) -> float:
@@ -376,7 +290,7 @@ def main() -> int:
             elif kind is not None:
                 soak.deck.append(kind)
             print(json.dumps(vars(line)), flush=True)
-        soak.server.kill()
+        soak.desk.server.kill()
     result = report(lines, (time.monotonic() - began_s) / 60.0)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")

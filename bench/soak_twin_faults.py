@@ -10,7 +10,6 @@ import resource
 import signal
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +26,8 @@ from vlm2vla_twin.physics import World
 
 HOLD_S = 0.25
 DRAW_EVERY_S = 0.1
+LATENESSES = 100_000
+PUSH_M, PUSH_S = 0.015, 0.1
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,10 @@ KINDS: dict[str, Kind] = {
     "no IK solution": Kind(HOLD_S, (7,), observed=True),
     "verifier fails": Kind(HOLD_S, (3,), observed=True),
     "verifier crashes": Kind(HOLD_S, (3,), observed=True),
+    "arm moved since capture": Kind(None, (0, 3, 5)),
+    "operator's key": Kind(None, (0, 3)),
     "operator's Ctrl-C": Kind(HOLD_S, (130,), wall=True),
-    "disk below the floor": Kind(0.5 + HOLD_S, (3,)),
+    "disk below the floor": Kind(HOLD_S, (3,), observed=True),
     "disk full": Kind(HOLD_S, (3,), ends=False),
     "client killed": Kind(None, (-signal.SIGKILL,), ends=False),
 }
@@ -197,24 +200,28 @@ class Lateness(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(name="lateness", daemon=True)
-        self._late: deque[tuple[float, float]] = deque(maxlen=100_000)
+        self._late = np.zeros((LATENESSES, 2))  # at once, or it would look like a leak of the client's
+        self._count = 0
 
     def run(self) -> None:
         while True:
             began_s = time.monotonic()
             time.sleep(0.02)
-            self._late.append((began_s, time.monotonic() - began_s - 0.02))
+            self._late[self._count % LATENESSES] = began_s, time.monotonic() - began_s - 0.02
+            self._count += 1
 
     def worst_s(self, from_s: float, to_s: float) -> float:
         """The largest between two moments of the wall clock."""
-        return max((late_s for at_s, late_s in list(self._late) if from_s - 0.5 <= at_s <= to_s), default=0.0)
+        at_s, late_s = self._late[: self._count].T
+        return float(late_s[(from_s - 0.5 <= at_s) & (at_s <= to_s)].max(initial=0.0))
 
 
 class FaultyRobot:
-    """The twin's arm, whose driver can fall silent, answer with an old state, or find no joint angles."""
+    """The twin's arm, which can be pushed, and whose driver can fall silent, repeat a state or find no angles."""
 
-    def __init__(self, arm: TwinRobot, faults: Faults) -> None:
-        self._arm, self._faults = arm, faults
+    def __init__(self, arm: TwinRobot, faults: Faults, clock: TwinClock) -> None:
+        self._arm, self._faults, self._clock = arm, faults, clock
+        self._pushed = False
         self._last: RobotState | None = None
 
     @property
@@ -229,8 +236,16 @@ class FaultyRobot:
             raise RobotError("the arm does not answer")
         if self._faults.meets("arm's state stale") and self._last is not None:
             return self._last
+        if self._faults.meets("arm moved since capture") and not self._pushed:
+            self._push()
         self._last = self._arm.state()
         return replace(self._last)
+
+    def _push(self) -> None:
+        """Somebody moves the arm a little way up, once."""
+        self._pushed, here = True, self._arm.state()
+        self._arm.command(here.ee_position_m + np.array([0.0, 0.0, PUSH_M]), np.asarray(here.ee_rotation), PUSH_S)
+        self._clock.sleep_s(2.0 * PUSH_S)
 
     def contacts(self) -> frozenset[str]:
         return self._arm.contacts()

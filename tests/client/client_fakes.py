@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import numpy as np
 
+from vlm2vla_client.clock import SystemClock
 from vlm2vla_client.executor import ChunkResult, MotionStart, Outcome, RowResult
 from vlm2vla_client.http import ServerConnection
 from vlm2vla_client.moves import Moves
@@ -301,6 +302,20 @@ class FakeCamera:
 
     def close(self) -> None:
         pass
+
+
+class WallCamera(FakeCamera):
+    """A new picture for every call, stamped with the machine's clock."""
+
+    def __init__(self) -> None:
+        self._number = 0
+
+    def latest(self, max_age_s: float, timeout_s: float) -> Frame:
+        self._number += 1
+        return make_frame(self._number, SystemClock().now_s())
+
+    def after(self, stamp_s: float, timeout_s: float) -> Frame:
+        return self.latest(0.5, timeout_s)
 
 
 class FakeExecutor:

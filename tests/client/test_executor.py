@@ -13,7 +13,7 @@ from robot_fakes import FakeArm, ManualClock, ScriptedMonitor, limits, policy_co
 
 from vlm2vla_client.errors import ConfigurationError, RobotError
 from vlm2vla_client.executor import ChunkResult, Executor, MotionStart, Outcome
-from vlm2vla_client.safety import Reason, SafetyContext
+from vlm2vla_client.safety import Reason, RobotState, SafetyContext
 
 OPERATOR = SafetyContext("e1", "e1", None, None, source="operator")
 
@@ -316,6 +316,61 @@ def test_a_recorder_that_fails_does_not_keep_the_arm_from_holding() -> None:
     with pytest.raises(OSError):
         bench.run([[0.01, 0, 0, 1]])
     assert len(bench.arm.holds) == 1 and not bench.arm.commands
+
+
+class Looked(FakeArm):
+    """Remembers when it was last looked at."""
+
+    looked_s = 0.0
+
+    def state(self) -> RobotState:
+        self.looked_s = self._clock.now_s()
+        return super().state()
+
+    def command(self, position_m: Any, rotation: Any, duration_s: float) -> None:
+        assert self._clock.now_s() - self.looked_s <= 0.004 + 1e-9, "moved by an old look"
+        super().command(position_m, rotation, duration_s)
+
+
+@pytest.mark.parametrize("ahead_s", [0.0, 0.004])
+def test_a_disk_that_takes_a_second_does_not_come_between_a_check_and_its_motion(ahead_s: float) -> None:
+    bench = Bench()
+    bench.arm = Looked(bench.clock)
+    executor = Executor(
+        bench.arm, bench.clock, bench.limits, on_event=lambda *_: bench.clock.sleep_s(1.0), ahead_s=ahead_s
+    )
+    assert executor.run_chunk([[0.05, 0.0, 0.0, 1], [0.0, 0.05, 0.0, 1]], OPERATOR).outcome is Outcome.COMPLETED
+    assert len(bench.arm.commands) >= 6
+
+
+def test_a_stop_that_comes_while_the_disk_is_slow_keeps_the_gripper_still() -> None:
+    monitor = ScriptedMonitor(1_000_000)
+    bench = Bench(monitor=monitor)
+
+    def slow(kind: str, data: dict[str, Any]) -> None:
+        if kind == "arrival":
+            monitor.fault_at_poll = 0  # pressed while the arrival is written down
+
+    bench.executor = Executor(bench.arm, bench.clock, bench.limits, monitor, on_event=slow)
+    assert bench.run([[0.02, 0.0, 0.0, 0]]).outcome is Outcome.FAULT
+    assert bench.arm.grips == [] and bench.arm.holds
+
+
+def test_the_next_substep_is_checked_ahead_and_follows_without_a_pause() -> None:
+    bench = Bench()
+    slow = {"substep": 0.003}
+    executor = Executor(
+        bench.arm,
+        bench.clock,
+        bench.limits,
+        ahead_s=0.004,
+        on_event=lambda kind, _: bench.clock.sleep_s(slow.get(kind, 0)),
+    )
+    executor.run_chunk([[0.05, 0.0, 0.0, 1]], OPERATOR)
+    (_, first_s, at_s), *rest = bench.arm.commands
+    for number, (_, duration_s, time_s) in enumerate(rest, start=1):
+        assert duration_s == first_s and time_s == pytest.approx(at_s + number * first_s, abs=1e-9)
+    assert bench.at == pytest.approx([0.35, 0.0, 0.15], abs=1e-4)
 
 
 def test_old_or_contradictory_states_stop_the_arm() -> None:

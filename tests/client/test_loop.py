@@ -318,6 +318,23 @@ def test_an_operators_words_replace_the_policys_from_a_fresh_frame_on(folder: Pa
     assert len(bench.executor.chunks) == 1 and recording.of("verdict")[0]["subtask"] == edit.subtask
 
 
+def test_the_name_of_a_subtask_that_was_done_goes_back_to_it(folder: Path) -> None:
+    """The carrot slipped: what is needed is another grasp, and after it the lift once more."""
+    answers: list[str] = []
+
+    def confirm(proposal: Proposal) -> bool | Edit:
+        answers.append(proposal.subtask)
+        return Edit("grasp carrot") if len(answers) == 3 else True
+
+    bench = Bench(folder, ScriptedPolicy(SUBTASKS, [ROWS]), ScriptedVerifier([True]), confirm=confirm)
+    result = bench.run()
+    assert (result.exit_code, result.cycles, result.subtasks_done) == (0, 5, 3)
+    assert answers == [*SUBTASKS, "grasp carrot", SUBTASKS[2]]
+    verdicts = bench.recording().of("verdict")
+    assert [event["subtask_index"] for event in verdicts] == [0, 1, 1, 2]
+    assert bench.recording().of("correction")[0]["subtask_index"] == 1, "where the words are followed"
+
+
 def test_an_operators_words_outlive_an_answer_that_failed(folder: Path) -> None:
     answers: list[Proposal] = []
 

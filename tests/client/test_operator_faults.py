@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from arm_bench import STARVED, ArmBench, patiently, start_with_yaw, wait_until
-from client_fakes import ScriptedPolicy, ScriptedVerifier
+from client_fakes import ScriptedPolicy, ScriptedVerifier, WallCamera
 from operator_terminal import Seat
 from robot_fakes import limits
-from test_physical_run import Desk, WallCamera
+from test_physical_run import Desk
 
 from vlm2vla_client.errors import RobotError
 from vlm2vla_client.keys import TerminalKeys

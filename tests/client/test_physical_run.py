@@ -16,14 +16,13 @@ import httpx
 import pytest
 from arm_bench import STARVED, ArmBench, patiently
 from client_fakes import (
-    FakeCamera,
     FakeServer,
     ScriptedPolicy,
     ScriptedVerifier,
+    WallCamera,
     body_of,
     cycle_lines,
     info_body,
-    make_frame,
     ndjson,
     stage,
 )
@@ -31,27 +30,11 @@ from robot_fakes import limits
 
 from vlm2vla_client import commands
 from vlm2vla_client.cli import main
-from vlm2vla_client.clock import SystemClock
 from vlm2vla_client.commissioning import STEPS, is_commissioned, restrain, write_record
 from vlm2vla_client.config import ClientConfig, load_config
 from vlm2vla_client.errors import ConfigurationError, RobotError
 from vlm2vla_client.physical import PhysicalRun, make_robot, physical_limits, run_on_arm
 from vlm2vla_client.progress import SilentProgress
-from vlm2vla_schema.types import Frame
-
-
-class WallCamera(FakeCamera):
-    """A new picture for every call, stamped with the machine's clock."""
-
-    def __init__(self) -> None:
-        self._number = 0
-
-    def latest(self, max_age_s: float, timeout_s: float) -> Frame:
-        self._number += 1
-        return make_frame(self._number, SystemClock().now_s())
-
-    def after(self, stamp_s: float, timeout_s: float) -> Frame:
-        return self.latest(0.5, timeout_s)
 
 
 def server(rows: list[list[float]], **info: Any) -> FakeServer:

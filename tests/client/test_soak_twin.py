@@ -23,7 +23,7 @@ BENCH = Path(__file__).resolve().parents[2] / "bench"
 def soak() -> Iterator[Any]:
     sys.path.insert(0, str(BENCH))
     try:
-        yield importlib.import_module("soak_twin")
+        yield importlib.import_module("soak_twin_episode")
     finally:
         sys.path.remove(str(BENCH))
 
@@ -88,7 +88,7 @@ def test_a_mirrored_rotation_is_none(soak: Any) -> None:
 def test_a_command_after_a_fault_is_late_from_its_limit_on(soak: Any) -> None:
     desk = Desk(soak)
     desk.faults.inject("camera frozen")
-    desk.clock.sleep_s(soak.KINDS["camera frozen"].still_after_s - 0.01)
+    desk.clock.sleep_s(importlib.import_module("soak_twin_faults").KINDS["camera frozen"].still_after_s - 0.01)
     desk.command((0.0, 0.0, 0.0))
     assert desk.arm.seen.late == []
     desk.clock.sleep_s(0.11)

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 from arm_bench import STARVED, patiently
+from client_fakes import WallCamera
 from operator_terminal import Seat
 from robot_fakes import ClosingRecorder, FakeArm, ManualClock, limits
 from test_operator_keys import ScriptedKeys
-from test_physical_run import Desk, WallCamera
+from test_physical_run import Desk
 
 from vlm2vla_client import teleop
 from vlm2vla_client.cli import main

@@ -67,7 +67,9 @@ def confirm_on_terminal(proposal: Proposal) -> bool | Edit:
     if answer in ("q", "quit"):
         raise KeyboardInterrupt
     if answer in ("s", "subtask"):
-        return _edited(proposal, _line("  subtask: "), None)
+        subtask = _line("  subtask: ")
+        plan = _line("  motion plan (Enter: the policy's own): ") if plans and subtask else ""
+        return _edited(proposal, subtask, plan or None)
     if plans and answer in ("p", "plan"):
         return _edited(proposal, proposal.subtask, _line("  motion plan: "))
     return answer == "yes" or (answer == "y" and not forbidden)

@@ -53,6 +53,8 @@ class Executor:
         on_event: called with (kind, JSON-serialisable data) for the recorder; runs in the executor's thread.
         gripper: what the gripper is known to be told already (1 open, 0 closed), so that rows of the same value leave
             its grip alone; None: the first row commands it.
+        ahead_s: how long before a substep has ended the next one is checked, so that it can follow without a pause.
+            0 where time is simulated: there it does not pass meanwhile.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Executor:
         speed: float = 1.0,
         on_event: EventSink | None = None,
         gripper: float | None = None,
+        ahead_s: float = 0.0,
     ) -> None:
         if not 0.0 < speed <= 1.0:
             raise ConfigurationError(f"speed must be above 0 and at most 1, got {speed}")
@@ -80,6 +83,7 @@ class Executor:
         self._busy = threading.Lock()
         self._commanded: Pose | None = None
         self._gripper = gripper
+        self._ahead_s = ahead_s
 
     def run_chunk(
         self,
@@ -214,6 +218,7 @@ class Executor:
     def _travel(self, leg: Leg, context: SafetyContext) -> None:
         """Run the substeps; sets ``leg.stop`` when one was refused or changed in a way that ends the chunk."""
         at = leg.base.position_m
+        ends_s = -math.inf
         # Rows in a row are counted here, not substeps.
         plain = replace(context, fully_zeroed_rows_before=0)
         for step in range(1, leg.steps + 1):
@@ -225,21 +230,31 @@ class Executor:
             )
             decision = filter_row(row_between(state, wanted, leg), state, self._touching(plain, state), self._limits)
             target = apply_decision(state, wanted, decision, leg)
+            if target is not None:
+                self._clock.sleep_s(ends_s - self._clock.now_s() if self._ahead_s else 0.0)
+                ends_s = self._command(target, leg.step_s)
+            # Only now: a disk that takes a second must not come between a check and its motion.
             self._emit("substep", substep_data(step, leg, state, target, decision))
             if target is None:
                 leg.stop = decision
                 return
             at = target.position_m
-            self._command(target, leg.step_s)
             leg.done += 1
+            self._let_move(leg.step_s, ends_s, 0.0 if step == leg.steps or decision.ends_chunk else self._ahead_s)
             if decision.ends_chunk:
                 leg.stop = decision
                 return
 
-    def _command(self, target: Pose, duration_s: float) -> None:
+    def _command(self, target: Pose, duration_s: float) -> float:
+        """Starts a substep; the time at which it ends."""
+        ends_s = self._clock.now_s() + duration_s
         self._robot.command(target.position_m, target.rotation, duration_s)
         self._commanded = target
-        self._clock.sleep_s(duration_s)
+        return ends_s
+
+    def _let_move(self, duration_s: float, ends_s: float, ahead_s: float) -> None:
+        """Waits for a substep's end, or until the next one is to be checked. Simulated motion takes all of its time."""
+        self._clock.sleep_s(ends_s - ahead_s - self._clock.now_s() if self._ahead_s else duration_s)
 
     def _arrive(self) -> bool:
         """Wait until the arm is where the last substep sent it, or the deadline."""
@@ -260,6 +275,7 @@ class Executor:
         """Open or close, and wait until the fingers arrive or stop (an object between them), at most the deadline."""
         if gripper == self._gripper:
             return
+        self._poll()  # what was recorded since the last look may have taken a while
         self._robot.set_gripper(gripper >= 0.5, GRIPPER_DEADLINE_S)
         self._gripper = gripper
         began_s = still_since_s = self._clock.now_s()

@@ -76,6 +76,7 @@ class _Episode:
         self.plans: list[str] = []
         self.edit: Edit | None = None
         self.unjudged: list[tuple[Frame, int]] = []  # the frames acted on since the last verdict, with their numbers
+        self.back: int | None = None
         self.began_s = time.monotonic()
 
     # --- the whole episode ----------------------------------------------------------------------------------------
@@ -106,11 +107,11 @@ class _Episode:
     def _all_subtasks(self) -> None:
         self.subtasks = self._ask_subtasks()
         self.parts.progress.subtasks(self.subtasks)
-        for index in range(len(self.subtasks)):
-            self._one_subtask(index)
+        while self.done < len(self.subtasks):
+            self._one_subtask(self.done)
             if self.config.dry_run:
                 return
-            self.done = index + 1
+            self.done, self.back = (self.done + 1 if self.back is None else self.back), None
 
     def _one_subtask(self, index: int) -> None:
         tries = 0
@@ -118,7 +119,7 @@ class _Episode:
             self._check_budget(index, tries)
             tries += 1
             self.cycles += 1
-            if self._one_cycle(index) or self.config.dry_run:
+            if self._one_cycle(index) or self.config.dry_run or self.back is not None:
                 return
             if self.parts.operator.held:
                 self._wait_for_operator()
@@ -277,18 +278,25 @@ class _Episode:
         self._count_refusals(True, why)
 
     def _confirmed(self, index: int, proposal: Proposal) -> bool:
-        """Asks the operator. Edited words are kept for the next cycle, which starts from a fresh frame."""
+        """Asks the operator. Edited words are kept for the next cycle, which starts from a fresh frame.
+
+        The name of a subtask that was done before goes back to it: what came after it is to be done again.
+        """
         assert self.parts.confirm is not None
         self.parts.progress.quiet()
         choice, plan = self.parts.confirm(proposal), proposal.motion_plan
         if isinstance(choice, Edit):
+            done = [subtask.casefold() for subtask in self.subtasks[:index]]
+            place = done.index(choice.subtask.casefold()) if choice.subtask.casefold() in done else index
             self._record(
                 "correction",
+                subtask_index=place,
                 subtask={"from": self.subtasks[index], "to": choice.subtask},
                 motion_plan={"from": plan, "to": choice.motion_plan},
                 rows=proposal.rows,
             )
-            self.subtasks[index], self.edit = choice.subtask, choice
+            self.subtasks[place], self.edit = choice.subtask, choice
+            self.back = place if place < index else None
             return False
         if not choice:
             self._record("dropped", reason="declined by the operator")

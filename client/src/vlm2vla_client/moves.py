@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,16 @@ def state_of(state: RobotState) -> list[float]:
 def action_of(row: Sequence[float]) -> list[float]:
     """A row of 4 or 7 numbers as [dx, dy, dz, droll, dpitch, dyaw, gripper]."""
     return [*row[:3], 0.0, 0.0, 0.0, row[3]] if len(row) == 4 else [float(v) for v in row]
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """A row that may move, and what was known when it was taken."""
+
+    index: int
+    state: RobotState
+    action: list[float]
+    frame: Frame | None
 
 
 class Moves:
@@ -64,6 +75,7 @@ class Moves:
         self._subtask_index = 0
         self._caption = ""
         self._row = 0
+        self._step: _Step | None = None
         self.counts: Counter[str] = Counter()
 
     def begin(self, cycle: int, subtask_index: int, caption: str = "") -> None:
@@ -72,6 +84,7 @@ class Moves:
 
     def __call__(self, kind: str, data: dict[str, Any]) -> None:
         """One event of the executor."""
+        self._write_step()
         if kind == "row":
             self._on_row(data)
         elif kind == "substep":
@@ -113,17 +126,26 @@ class Moves:
             self.counts["refused"] += 1
             return
         self.counts["executed"] += 1
-        state, frame = self._robot.state(), self._step_frame()
+        self._step = _Step(self._row, self._robot.state(), action_of(data["allowed"]), self._step_frame())
+        if not any(self._step.action[:6]):
+            self._write_step()
+
+    def _write_step(self) -> None:
+        """The row that was taken last, as it was then; encoding its picture need not keep the arm waiting."""
+        step, self._step = self._step, None
+        if step is None:
+            return
+        frame = None if step.frame is None else self._recorder.frame(step.frame)
         self._event(
             "step" if frame is not None else "step_unseen",
-            index=self._row,
+            index=step.index,
             frame=frame,
-            state=state_of(state),
-            action=action_of(data["allowed"]),
-            position_m=state.ee_position_m,
+            state=state_of(step.state),
+            action=step.action,
+            position_m=step.state.ee_position_m,
         )
 
-    def _step_frame(self) -> int | None:
+    def _step_frame(self) -> Frame | None:
         if not self._recorder.keeps_frames and self._display is None:
             return None  # nobody would ever see the picture
         try:
@@ -132,7 +154,7 @@ class Moves:
             self._event("error", where="step frame", type=type(error).__name__, message=str(error))
             return None
         self._show(frame)
-        return self._recorder.frame(frame)
+        return frame
 
     def _on_substep(self, data: dict[str, Any]) -> None:
         self._event("substep", index=self._row, position_m=data["ee_position_m"], **data)

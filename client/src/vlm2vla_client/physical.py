@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from vlm2vla_client.cameras.base import Camera
 from vlm2vla_client.clock import Clock, SystemClock
@@ -32,6 +32,9 @@ from vlm2vla_client.safety import Limits
 from vlm2vla_client.shadow import Shadow
 from vlm2vla_client.verifiers.base import Verifier
 from vlm2vla_client.watch import Watch
+
+#: A check takes about a millisecond; a state that is so much older when its substep starts is as fresh as a driver's.
+CHECK_AHEAD_S: Final = 0.004
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,9 @@ def run_on_arm(
             moves = Moves(recorder, progress, robot, camera, limits)
             watch = Watch(policy, camera)
             monitor = Monitors(request.operator, watch)
-            executor = Executor(robot, clock, limits, monitor, speed=request.speed, on_event=moves)
+            executor = Executor(
+                robot, clock, limits, monitor, speed=request.speed, on_event=moves, ahead_s=CHECK_AHEAD_S
+            )
             parts = Parts(
                 policy=policy,
                 robot=robot,

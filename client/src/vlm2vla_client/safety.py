@@ -143,7 +143,7 @@ def _read_state(state: Any) -> _State | None:
     # Larger numbers are no arm, and their squares could overflow.
     if max(float(np.abs(part).max()) for part in (ee, rotation, tips, joints)) > 1e3:
         return None
-    proper = np.allclose(rotation.T @ rotation, np.eye(3), atol=1e-3) and float(np.linalg.det(rotation)) > 0.0
+    proper = np.abs(rotation.T @ rotation - np.eye(3)).max() <= 1e-3 and float(np.linalg.det(rotation)) > 0.0
     return _State(ee, rotation, tips, joints) if proper else None
 
 
@@ -201,7 +201,7 @@ def _joints_reason(state: _State, moved_m: FloatArray, turned_rad: FloatArray, l
     """Whether the arm itself can do the motion: reachable, within the joint limits, no joint too fast."""
     if not moved_m.any() and not turned_rad.any():
         return None
-    goal = rotation_of(turned_rad[None])[0] @ state.rotation
+    goal = rotation_of(turned_rad[None])[0] @ state.rotation if turned_rad.any() else state.rotation
     tolerances = (_IK_TOLERANCE_M, _IK_TOLERANCE_RAD)
     start = kinematics.inverse(state.ee_m, state.rotation, state.joints_rad, *tolerances)
     if start is None:

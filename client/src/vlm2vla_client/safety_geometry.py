@@ -63,6 +63,8 @@ class Screened:
 
     def refuse(self, mask: BoolArray, reason: Reason) -> None:
         """Refuse the rows in ``mask`` that are not refused yet: no motion at all, end of chunk."""
+        if not mask.any():
+            return
         self.note(mask, reason)
         self.refused |= mask
         self.ends |= mask
@@ -307,10 +309,11 @@ def _refuse_from_outside(
     def violation(points: FloatArray) -> FloatArray:
         return np.asarray((np.maximum(low - points, 0.0) + np.maximum(points - high, 0.0)).sum(axis=(1, 2)))
 
-    end = _moved(start, result.translation_m[index], result.rotation_rad[index], fraction)
     before = violation(start)
     outside = np.zeros(len(result.refused), bool)
-    outside[index] = (before > TOLERANCE) & (violation(end) >= before - _ROUNDING_M)
+    if (before > TOLERANCE).any():
+        end = _moved(start, result.translation_m[index], result.rotation_rad[index], fraction)
+        outside[index] = (before > TOLERANCE) & (violation(end) >= before - _ROUNDING_M)
     trapped = np.zeros(len(result.refused), bool)
     for a, b in forbidden:
         trapped[index] |= (_depth(start, a, b) > TOLERANCE).any(axis=1) & (fraction <= 0.0)
