@@ -125,7 +125,7 @@ class Soak:
             after(chance.uniform(0.0, LATEST_STRIKE_S)),
         )  # fmt: skip
         played = self.desk.play(script, folder)
-        line.exit_code, line.message = played.exit_code, played.message
+        line.exit_code, line.message = played.exit_code, played.message.replace(str(folder), "the recording's folder")
         line.fault = kind if self.faults.injected_s is not None else None
         line.load = round(os.getloadavg()[0], 1)
         line.lateness_s = round(self.lateness.worst_s(played.began_s, played.ended[0]), 3)
