@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ MOVING_GOALS = 6
 ROWS = [[0.0, 0.05, 0.0, 1.0], [0.0, -0.05, 0.0, 1.0]]
 SPEED = 0.2
 START_S, END_S, SLEEPS_S = 30.0, 30.0, 1.5
+WOKEN = (7, 4)  # whichever it looks at first: its arm, or the policy of which it has heard nothing either
 CLIENT = (
     "import sys; sys.path[:0] = sys.argv[2:]; from pathlib import Path; from fault_matrix_arm import *\n"
     "folder = Path(sys.argv[1]); bench = ArmBench(folder, 'ros1')\n"
@@ -122,7 +123,9 @@ def second_client(_: TwinDesk, lateness: Lateness, folder: Path) -> Row:
     return row
 
 
-def struck_client(name: str, number: signal.Signals, exits: int, _: TwinDesk, lateness: Lateness, folder: Path) -> Row:
+def struck_client(
+    name: str, number: signal.Signals, exits: Sequence[int], _: TwinDesk, lateness: Lateness, folder: Path
+) -> Row:
     """A whole client that is killed, or sleeps until the arm's process has held by itself."""
     folder.mkdir()
     bench, row = ArmBench(folder, "ros1"), Row(name, "moving", limit_s=HEARTBEAT_S + HOLD_S)
@@ -140,7 +143,7 @@ def struck_client(name: str, number: signal.Signals, exits: int, _: TwinDesk, la
     if not killed:
         observe(row, folder / "episode", struck_s)
     row.problems += problems_in(folder / "episode", killed)
-    row.judge((exits,))
+    row.judge(exits)
     return row
 
 
@@ -149,8 +152,8 @@ ARM: dict[str, Case] = {
         "arm process killed", PROCESS_EXIT_S + HOLD_S, lambda bench: bench.signal(signal.SIGKILL)
     ),
     "arm process silent": of_process("arm process silent", HEARTBEAT_S + HOLD_S, stopped_for_good),
-    "heartbeat lost": partial(struck_client, "heartbeat lost (the client sleeps)", signal.SIGSTOP, 7),
+    "heartbeat lost": partial(struck_client, "heartbeat lost (the client sleeps)", signal.SIGSTOP, WOKEN),
     "motor overload": of_process("motor overload", None, lambda bench: bench.set(hardware_error=OVERLOAD)),
     "second client": second_client,
-    "client killed": partial(struck_client, "client killed (kill -9)", signal.SIGKILL, -signal.SIGKILL),
+    "client killed": partial(struck_client, "client killed (kill -9)", signal.SIGKILL, (-signal.SIGKILL,)),
 }
