@@ -64,6 +64,7 @@ class PacedEngine(FakeEngine):
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Delta]:
         await asyncio.sleep(self.prefill_s)
+        self.requests.clear()  # kept pictures would cost every request fresh pages, which a real engine does not
         async for delta in FakeEngine.generate(self, request):
             yield delta
 
