@@ -1,13 +1,13 @@
 """Demonstrations in which a policy acts first: the server's side is a small real HTTP server with canned cycles."""
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
+from json_server import serving
 from training_fakes import PICK, Segment, episode_of, flat_image
 
 from vlm2vla_training.annotation.base import AnnotatedEpisode
@@ -39,33 +39,17 @@ def cycle(rows: list[Row]) -> dict[str, object]:
 
 
 @contextmanager
-def serving(answers: dict[str, tuple[int, object]]) -> Iterator[tuple[str, list[dict[str, object]]]]:
+def cycles(answers: dict[str, tuple[int, object]]) -> Iterator[tuple[str, list[dict[str, object]]]]:
     """A server whose /cycle answers by the first word of the subtask; gives its address and what it was asked."""
     asked: list[dict[str, object]] = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked.append({"path": self.path, **body})
-            status, answer = answers[str(body["subtask"]).split()[0]]
-            text = json.dumps(answer).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text)
+    def answer(path: str, body: dict[str, Any] | None) -> tuple[int, object]:
+        assert body is not None
+        asked.append({"path": path, **body})
+        return answers[str(body["subtask"]).split()[0]]
 
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with serving(answer) as url:
+        yield url, asked
 
 
 def demos(out: Path, url: str, episodes: int) -> list[AnnotatedEpisode]:
@@ -78,7 +62,7 @@ def test_a_policy_that_stays_where_it_is_is_corrected_and_not_imitated(tmp_path:
     """It neither moves nor opens again: each miss must stand in the log as a miss, and the demonstration still ends
     with the carrot held."""
     closed = cycle([[0.0, 0.0, 0.0, 0.0]])
-    with serving({"Move": (200, cycle([[0.0, 0.02, 0.0, 1.0]])), "Grasp": (200, closed)}) as (url, asked):
+    with cycles({"Move": (200, cycle([[0.0, 0.02, 0.0, 1.0]])), "Grasp": (200, closed)}) as (url, asked):
         annotated = demos(tmp_path, url, 8)
     assert {str(request["path"]) for request in asked} == {"/cycle"} and len({str(r["seed"]) for r in asked}) > 8
     failed = 0
@@ -96,7 +80,7 @@ def test_a_policy_that_stays_where_it_is_is_corrected_and_not_imitated(tmp_path:
 def test_what_cannot_be_parsed_is_no_motion_and_other_errors_end_the_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with serving({"Move": (502, {}), "Grasp": (500, {}), "Lift": (200, {"actions": []})}) as (url, _):
+    with cycles({"Move": (502, {}), "Grasp": (500, {}), "Lift": (200, {"actions": []})}) as (url, _):
         attempts = Attempts(url, 0)
         assert attempts.rows(flat_image(), "Move to Carrot") == []
         with pytest.raises(DataError, match="500"):

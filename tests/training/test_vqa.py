@@ -4,11 +4,9 @@ import json
 import re
 import stat
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from json_server import serving
 
 from vlm2vla_schema.types import ModelCard
 from vlm2vla_training.cli import main
@@ -136,39 +135,19 @@ def info() -> dict[str, Any]:
 
 
 @contextmanager
-def serving(say: Say) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def asked_of(say: Say) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """A server with the adapter "twin"; `say` gives status and text for a model and a question."""
     asked: list[dict[str, Any]] = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.answer(200, info())
+    def answer(_: str, body: dict[str, Any] | None) -> tuple[int, object]:
+        if body is None:
+            return 200, info()
+        asked.append(body)
+        status, text = say(body["model"], body["messages"][0]["content"][1]["text"])
+        return status, {"choices": [{"message": {"content": text}}]}
 
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked.append(body)
-            status, text = say(body["model"], body["messages"][0]["content"][1]["text"])
-            self.answer(status, {"choices": [{"message": {"content": text}}]})
-
-        def answer(self, status: int, value: object) -> None:
-            text = json.dumps(value).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text)
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with serving(answer) as url:
+        yield url, asked
 
 
 def arguments(url: str, out: Path, *more: str) -> list[str]:
@@ -183,7 +162,7 @@ def test_the_twins_benchmark_runs_resumes_and_reports(tmp_path: Path, capsys: py
             return 500, ""
         return 200, "yes" if model == "base" else "[[0.0, 0.0, 0.0, 1.0]]"
 
-    with serving(say) as (url, asked):
+    with asked_of(say) as (url, asked):
         assert main(arguments(url, tmp_path / "no", "--dry-run")) == 0 and not (tmp_path / "no").exists()
         assert main(arguments(url, tmp_path / "out")) == 1, "an answer that never came is no wrong answer"
         assert "500" in capsys.readouterr().err and not (tmp_path / "out/summary.json").exists()
@@ -204,7 +183,7 @@ def test_the_twins_benchmark_runs_resumes_and_reports(tmp_path: Path, capsys: py
 
 
 def test_other_weights_or_settings_need_another_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with serving(lambda model, question: (200, "no")) as (url, _):
+    with asked_of(lambda model, question: (200, "no")) as (url, _):
         assert main(arguments(url, tmp_path)) == 0
         assert main(arguments(url, tmp_path, "--questions", "3")) == 2
         assert "choose another --out" in capsys.readouterr().err
@@ -260,7 +239,7 @@ def test_a_task_runs_on_both_models_and_failed_requests_are_refused(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", "ours")
     out, folder = tmp_path / "out", lmms.parent
-    with serving(lambda model, question: (200, "")) as (url, _):
+    with asked_of(lambda model, question: (200, "")) as (url, _):
         command = ["vqa", "--server", url, "--out", str(out), "--benchmarks", "own", "--lmms-python", str(lmms)]
         (folder / "fail").touch()
         assert main([*command, "--api-key", "k"]) == 1
@@ -283,7 +262,7 @@ def test_table_1_stands_beside_the_papers(lmms: Path, tmp_path: Path, capsys: py
     text = lmms.read_text().replace('"exact_match,none"', "(METRIC[task] + ',none')")
     names = json.dumps({one.task: one.metric for one in TABLE_1})
     lmms.write_text(text.replace("import json, os", f"METRIC = {names}\nimport json, os"))
-    with serving(lambda model, question: (200, "")) as (url, _):
+    with asked_of(lambda model, question: (200, "")) as (url, _):
         given = ["vqa", "--server", url, "--out", str(tmp_path / "out"), "--benchmarks", "table1"]
         assert main([*given, "--lmms-python", str(lmms)]) == 0
     rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
@@ -307,7 +286,7 @@ def test_task_names_are_checked(lmms: Path, tmp_path: Path, capsys: pytest.Captu
 def test_what_goes_wrong_in_that_environment_is_told(
     lmms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with serving(lambda model, question: (200, "")) as (url, _):
+    with asked_of(lambda model, question: (200, "")) as (url, _):
         command = ["vqa", "--server", url, "--out", str(tmp_path / "out"), "--lmms-python", str(lmms)]
         assert main([*command, "--benchmarks", "nowhere"]) == 2 and "no task nowhere" in capsys.readouterr().err
         (lmms.parent / "crash").touch()
