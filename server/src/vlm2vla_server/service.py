@@ -161,7 +161,7 @@ class Service:
             whole = await prove_whole(self.engine, BASE_MODEL_NAME, base)
             self._proofs |= {BASE_MODEL_NAME: whole} if whole else {}
         except ScoreUnavailable as missing:
-            self._proofs, unprovable = {}, f"nothing can be proven active: {missing}"
+            self._proofs, unprovable = {}, f"what was trained cannot be proven active: {missing}"
         self.models = {}
         for name, folder in self.settings.adapters:
             card, load = self._cards[name], loads.get(name)
