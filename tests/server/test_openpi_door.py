@@ -159,7 +159,8 @@ def test_a_message_that_is_too_large_closes_the_connection(served: Served) -> No
         with pytest.raises(websockets.exceptions.ConnectionClosed) as closed:
             socket.send(b"\0" * (MAX_MESSAGE_BYTES + 1))
             socket.recv(timeout=10)
-        assert closed.value.rcvd is not None and closed.value.rcvd.code == 1009
+        # The server does not read on, so the kernel may drop its last word with what it had not read.
+        assert closed.value.rcvd is None or closed.value.rcvd.code == 1009
 
 
 @pytest.mark.parametrize(
