@@ -26,6 +26,7 @@ from typing import Any
 
 from soak import free_port, machine, wait_until_ready
 
+from vlm2vla_client.errors import AnswerUnusableError
 from vlm2vla_client.http import ServerConnection
 from vlm2vla_client.scenes import choose_scene
 from vlm2vla_schema.images import encode_jpeg
@@ -83,10 +84,13 @@ def compared(plain: ServerConnection, speculating: ServerConnection, frames: int
     for number in range(-WARM_UP, frames):
         jpeg, plan = frame(FIRST_SEED + abs(number)), ""
         for stage in STAGES:
-            answers = {}
+            answers: dict[str, dict[str, Any]] = {}
             for name in ("plain", "speculating") if number % 2 else ("speculating", "plain"):
                 server = plain if name == "plain" else speculating
-                answers[name] = asked(server, stage, plan, jpeg, abs(number), heat)
+                with contextlib.suppress(AnswerUnusableError):  # a small model's greedy text may go round in circles
+                    answers[name] = asked(server, stage, plan, jpeg, abs(number), heat)
+            if len(answers) < 2:
+                break
             plan = answers["plain"].get("motion_plan", plan)
             if number < 0:
                 continue
