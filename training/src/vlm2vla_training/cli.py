@@ -14,7 +14,7 @@ from vlm2vla_training.errors import MissingExtraError, NotBuiltError, UsageError
 
 # Optional module -> the extra that brings it.
 _EXTRAS = {"mujoco": "sim", "torch": "train", "transformers": "train", "trl": "train", "peft": "train",
-           "matplotlib": "train", "compressed_tensors": "train", "httpx": "sim", "google": "gemini",
+           "matplotlib": "train", "scipy": "train", "compressed_tensors": "train", "httpx": "sim", "google": "gemini",
            "pyrate_limiter": "gemini", "tenacity": "gemini", "ray": "ray"}  # fmt: skip
 # Those of sft.py, which needs torch to be imported; a test compares.
 _PRESETS = ("twin", "paper", "servable", "at", "nr", "qwen", "full_finetune", "qlora")

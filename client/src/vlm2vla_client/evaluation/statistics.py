@@ -1,16 +1,13 @@
-"""The few statistics that small numbers of trials need; only Barnard's test takes a statistics library.
+"""The few statistics that small numbers of trials need; what scipy has is scipy's.
 
 Intervals are two-sided; counts of successes are binomial.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-Z_95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
@@ -21,69 +18,29 @@ class Interval:
     high: float
 
 
-def wilson(successes: int, n: int, z: float = Z_95) -> Interval:
-    """Wilson's score interval of a success rate; [0, 1] when nothing was tried.
+def wilson(successes: int, n: int) -> Interval:
+    """Wilson's score interval of a success rate, 95 %; [0, 1] when nothing was tried.
 
     Raises:
         ValueError: not 0 <= successes <= n.
     """
+    return _interval(successes, n, "wilson")
+
+
+def clopper_pearson(successes: int, n: int) -> Interval:
+    """The exact interval of Clopper and Pearson, 95 %; arguments and errors as ``wilson``."""
+    return _interval(successes, n, "exact")
+
+
+def _interval(successes: int, n: int, method: str) -> Interval:
+    from scipy.stats import binomtest
+
     _check(successes, n)
     if n == 0:
         return Interval(0.0, 1.0)
-    p, z2 = successes / n, z * z
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    low = 0.0 if successes == 0 else max(0.0, centre - half)
-    return Interval(low, 1.0 if successes == n else min(1.0, centre + half))
-
-
-def clopper_pearson(successes: int, n: int, confidence: float = 0.95) -> Interval:
-    """The exact interval of Clopper and Pearson, found by bisection on the binomial's tails.
-
-    Raises:
-        ValueError: not 0 <= successes <= n, or a confidence outside (0, 1).
-    """
-    _check(successes, n)
-    if not 0.0 < confidence < 1.0:
-        raise ValueError(f"confidence must lie between 0 and 1, received {confidence}")
-    if n == 0:
-        return Interval(0.0, 1.0)
-    tail = (1.0 - confidence) / 2
-
-    def solve(count: int, wanted: float) -> float:
-        """The p at which P(X <= count) falls to ``wanted``; the distribution function decreases in p."""
-        low, high = 0.0, 1.0
-        for _ in range(60):
-            middle = (low + high) / 2
-            if binomial_cdf(count, n, middle) > wanted:
-                low = middle
-            else:
-                high = middle
-        return (low + high) / 2
-
-    return Interval(
-        0.0 if successes == 0 else solve(successes - 1, 1.0 - tail),
-        1.0 if successes == n else solve(successes, tail),
-    )
-
-
-def binomial_cdf(count: int, n: int, p: float) -> float:
-    """P(X <= count) of a binomial with ``n`` trials of probability ``p``."""
-    if count < 0:
-        return 0.0
-    if count >= n or p <= 0.0:
-        return 1.0
-    if p >= 1.0:
-        return 0.0
-    log_p, log_q = math.log(p), math.log1p(-p)
-    choose = _log_choose(n)
-    return min(1.0, math.fsum(math.exp(choose[k] + k * log_p + (n - k) * log_q) for k in range(count + 1)))
-
-
-@functools.lru_cache(maxsize=64)
-def _log_choose(n: int) -> tuple[float, ...]:
-    whole = math.lgamma(n + 1)
-    return tuple(whole - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(n + 1))
+    found = binomtest(successes, n).proportion_ci(0.95, method)
+    # Rounding may leave a hair beyond the rates that no interval can exclude.
+    return Interval(0.0 if successes == 0 else float(found.low), 1.0 if successes == n else float(found.high))
 
 
 @dataclass(frozen=True)
@@ -173,10 +130,10 @@ def barnard(successes: tuple[int, int], trials: tuple[int, int]) -> float:
 
 def mcnemar(only_first: int, only_second: int) -> float:
     """The exact two-sided p-value of McNemar's test; 1 when no seed tells the two apart."""
+    from scipy.stats import binomtest
+
     discordant = only_first + only_second
-    if discordant == 0:
-        return 1.0
-    return min(1.0, 2 * binomial_cdf(min(only_first, only_second), discordant, 0.5))
+    return 1.0 if discordant == 0 else float(binomtest(only_first, discordant).pvalue)
 
 
 def _phi(both: int, only_first: int, only_second: int, neither: int) -> float:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from statistics import NormalDist
 
 import numpy as np
 
-_Z_95 = NormalDist().inv_cdf(0.975)
 _RESAMPLES = 4000
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
     """Wilson's 95 % interval of right/n; (0, 1) for n = 0."""
+    from scipy.stats import binomtest
+
     if n == 0:
         return 0.0, 1.0
-    p, z2 = right / n, _Z_95**2
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z_95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return 0.0 if right == 0 else centre - half, 1.0 if right == n else centre + half
+    found = binomtest(right, n).proportion_ci(0.95, "wilson")
+    return 0.0 if right == 0 else float(found.low), 1.0 if right == n else float(found.high)
 
 
 def ratio_interval(base: Sequence[bool], tuned: Sequence[bool]) -> tuple[float, float] | None:
