@@ -6,7 +6,7 @@
 #                            settings (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL, pip.conf) are honoured too
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-DEV_TOOLS=(ruff mypy pytest pytest-timeout hypothesis import-linter openai schemathesis
+DEV_TOOLS=(ruff mypy pytest pytest-rerunfailures pytest-timeout hypothesis import-linter openai schemathesis
            json-numpy requests # with openpi-client below: other people's clients, as they are
            pyrealsense2 opencv-python-headless dynamixel-sdk rerun-sdk) # the last four: extras of the client, tested for real
 GL_PACKAGES="libegl1 libegl-mesa0 libgl1-mesa-dri libgl1"

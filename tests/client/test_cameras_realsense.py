@@ -220,6 +220,7 @@ def test_frames_may_be_kept_without_stopping_the_stream(
     assert numbers == sorted(set(numbers)), "one memory serves all of the SDK's frames"
 
 
+@pytest.mark.clock
 def test_a_stall_is_refused_at_once_and_survived(device: DeviceDouble, opened: Callable[..., RealSenseCamera]) -> None:
     camera = started(opened, device)
     device.stalled = True

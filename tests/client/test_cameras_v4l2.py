@@ -50,6 +50,7 @@ def test_pictures_are_rgb_and_as_old_as_they_are(usb: UsbCameraDouble, camera: V
     assert CLOCK.now_s() - asked_s > 0.3, "a picture of before was not taken for one of after"
 
 
+@pytest.mark.clock
 def test_a_stall_and_an_unplug_are_refused_in_time_and_survived(usb: UsbCameraDouble, camera: V4l2Camera) -> None:
     for begin, end in ((("stalled", True), ("stalled", False)), (("plugged", False), ("plugged", True))):
         opened = usb.opened

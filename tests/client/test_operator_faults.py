@@ -62,6 +62,7 @@ def assert_standing(desk: Desk) -> None:
     assert not desk.bench.logged("torque") and not desk.bench.logged("gripper")
 
 
+@pytest.mark.clock
 @patiently
 def test_a_key_reaches_the_motors_within_a_substep_and_ends_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -77,6 +78,7 @@ def test_a_key_reaches_the_motors_within_a_substep_and_ends_home(
         assert "operator" in hold["reason"] and hold["t_s"] - pressed_s < 0.15 + SLACK_S
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize("after_s", [0.0, 0.13, 0.6, 1.2, 1.5, 1.9])
 @patiently
 def test_a_key_at_any_moment_of_a_run_stops_the_motors_until_it_is_let_go_on(tmp_path: Path, after_s: float) -> None:
@@ -118,6 +120,7 @@ def test_a_key_at_any_moment_of_a_run_stops_the_motors_until_it_is_let_go_on(tmp
     assert any(line["t_s"] > seen["resumed_s"] for line in bench.logged("group")), "it went on"
 
 
+@pytest.mark.clock
 @patiently
 def test_a_client_killed_with_9_leaves_an_arm_that_holds_and_a_readable_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -291,6 +291,7 @@ def held_within(folder: Path, pressed_s: float, limit_s: float) -> int:
     return sum(event["event"] == "substep" for event in found)
 
 
+@pytest.mark.clock
 def test_space_holds_a_run_space_resumes_it_and_ctrl_c_ends_it(tmp_path: Path) -> None:
     with Seat([*RUN, "--record", str(tmp_path)]) as seat:
         wait_for(tmp_path, count("substep", 3))

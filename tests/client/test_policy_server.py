@@ -129,6 +129,7 @@ def test_a_stalled_or_broken_connection_is_a_lost_server() -> None:
         assert caught.value.code == code
 
 
+@pytest.mark.clock
 def test_a_server_that_trickles_is_given_up_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlm2vla_client.http.GRACE_S", 0.05)
 

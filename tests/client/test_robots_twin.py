@@ -36,6 +36,7 @@ class Kitchen:
         return self.executor.run_chunk(rows, policy_context(), start).outcome
 
 
+@pytest.mark.clock
 def test_sleeping_advances_physics_and_the_clock_by_the_same_time() -> None:
     kitchen = Kitchen()
     seen: list[float] = []
@@ -56,6 +57,7 @@ def test_zero_and_negative_sleeps_do_nothing() -> None:
     assert kitchen.world.time_s == 0.0
 
 
+@pytest.mark.clock
 def test_realtime_takes_the_time_it_says() -> None:
     kitchen = Kitchen(realtime=True)
     began, before_s = time.monotonic(), kitchen.clock.now_s()
@@ -160,6 +162,7 @@ def test_a_carrot_can_be_picked_through_the_filter() -> None:
     assert height > 0.05
 
 
+@pytest.mark.clock
 def test_a_chunk_costs_little_wall_time() -> None:
     kitchen = Kitchen()
     began = time.perf_counter()

@@ -259,6 +259,7 @@ def moving(bench: ArmBench) -> None:
     wait_until(lambda: bool(np.linalg.norm(bench.position() - begin) > 0.001), 3.0)
 
 
+@pytest.mark.clock
 def test_hold_makes_the_measured_joints_the_goal_within_50_ms(tmp_path: Path) -> None:
     with ArmBench(tmp_path, "ros1") as bench:
         moving(bench)
@@ -274,6 +275,7 @@ def test_hold_makes_the_measured_joints_the_goal_within_50_ms(tmp_path: Path) ->
         assert bench.position() == pytest.approx(there, abs=1e-4)
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_a_killed_arm_process_is_seen_within_100_ms(tmp_path: Path, flavour: str) -> None:
     with ArmBench(tmp_path, flavour) as bench:
@@ -288,6 +290,7 @@ def test_a_killed_arm_process_is_seen_within_100_ms(tmp_path: Path, flavour: str
             bench.robot.hold("too late")
 
 
+@pytest.mark.clock
 def test_a_silent_arm_process_is_seen_and_holds_when_it_wakes(tmp_path: Path) -> None:
     with ArmBench(tmp_path, "ros2") as bench:
         moving(bench)
@@ -303,6 +306,7 @@ def test_a_silent_arm_process_is_seen_and_holds_when_it_wakes(tmp_path: Path) ->
         assert len(bench.logged("group")) == 2, "the hold's goal, and nothing after it"
 
 
+@pytest.mark.clock
 def test_no_call_waits_for_an_arm_process_that_does_not_answer(tmp_path: Path) -> None:
     with ArmBench(tmp_path, "ros1") as bench:
         position, rotation = bench.position(), turned(bench)
@@ -322,6 +326,7 @@ def test_no_call_waits_for_an_arm_process_that_does_not_answer(tmp_path: Path) -
         bench.signal(signal.SIGCONT)
 
 
+@pytest.mark.clock
 def test_the_arm_holds_by_itself_when_the_heartbeat_stops(tmp_path: Path) -> None:
     with ArmBench(tmp_path, "ros1") as bench:
         moving(bench)
@@ -335,6 +340,7 @@ def test_the_arm_holds_by_itself_when_the_heartbeat_stops(tmp_path: Path) -> Non
             bench.robot.command(np.array([0.3, 0.0, 0.15]), DOWN, 0.1)
 
 
+@pytest.mark.clock
 def test_a_client_that_is_killed_leaves_an_arm_that_holds(tmp_path: Path) -> None:
     bench = ArmBench(tmp_path, "ros1")
     program = (

@@ -229,6 +229,7 @@ def start_slow_run(folder: Path) -> tuple[subprocess.Popen[bytes], Path]:
     raise AssertionError("the run never began to move")
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_holds_closes_its_recording_and_exits_130(tmp_path: Path, number: signal.Signals) -> None:
     child, folder = start_slow_run(tmp_path / "r")

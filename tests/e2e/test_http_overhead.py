@@ -42,6 +42,7 @@ def test_a_request_is_measured_beside_the_engine_alone(bench: Any, tmp_path: Pat
     assert cost["server"] > 0.0
 
 
+@pytest.mark.clock
 def test_the_first_of_four_rows_comes_in_the_first_half(bench: Any, tmp_path: Path) -> None:
     with bench.served(bench.Door(prefill_s=0.05, token_s=0.03), tmp_path / "door") as url:
         connection = ServerConnection(url)

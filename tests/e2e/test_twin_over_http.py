@@ -80,6 +80,7 @@ def test_the_experts_words_over_http_pick_the_carrot(
         assert decode_image(episode.frame_path(event["frame"]).read_bytes()).shape == (480, 640, 3)
 
 
+@pytest.mark.clock
 def test_a_server_killed_in_the_middle_of_an_answer_leaves_the_arm_holding(
     serve: list[ServerProcess], tmp_path: Path, expert: RecordedEpisode
 ) -> None:
@@ -93,6 +94,7 @@ def test_a_server_killed_in_the_middle_of_an_answer_leaves_the_arm_holding(
     assert episode.summary is not None and episode.of("end") and not episode.truncated
 
 
+@pytest.mark.clock
 def test_a_server_killed_before_any_row_leaves_the_arm_where_it_was(
     serve: list[ServerProcess], tmp_path: Path, expert: RecordedEpisode
 ) -> None:
@@ -105,6 +107,7 @@ def test_a_server_killed_before_any_row_leaves_the_arm_where_it_was(
     assert episode.of("substep") == []
 
 
+@pytest.mark.clock
 def test_a_server_killed_in_the_middle_of_a_chunk_stops_the_arm_in_time(
     serve: list[ServerProcess], tmp_path: Path, expert: RecordedEpisode
 ) -> None:
@@ -124,6 +127,7 @@ def test_a_server_killed_in_the_middle_of_a_chunk_stops_the_arm_in_time(
     assert np.linalg.norm(end - start) < np.linalg.norm(planned) - 0.01
 
 
+@pytest.mark.clock
 def test_a_server_that_freezes_between_two_rows_stops_the_arm_in_time(
     serve: list[ServerProcess], tmp_path: Path, expert: RecordedEpisode
 ) -> None:

@@ -88,6 +88,7 @@ def test_a_motion_plan_cut_by_max_tokens_failed_but_an_answer_may_be_cut(tmp_pat
     run(work())
 
 
+@pytest.mark.clock
 def test_the_deadline_counts_from_receipt_and_covers_all_attempts(tmp_path: Path) -> None:
     async def work() -> None:
         engine = FakeEngine()
