@@ -13,15 +13,15 @@ from typing import Any, Final
 
 import numpy as np
 
+from vlm2vla_client.checks import Checks
 from vlm2vla_client.clock import Clock
 from vlm2vla_client.errors import ConfigurationError, RobotError
 from vlm2vla_client.executor_types import ChunkResult, Monitor, Monitors, MotionStart, NoMonitor, Outcome, RowResult
-from vlm2vla_client.motion import Leg, apply_decision, as_if_at, decision_data, plan_leg, row_between, substep_data
+from vlm2vla_client.motion import Leg, apply_decision, row_data, substep_data
 from vlm2vla_client.robots.base import Robot
-from vlm2vla_client.safety import Limits, Reason, RobotState, SafetyContext, filter_row
-from vlm2vla_client.safety_geometry import rotation_of
-from vlm2vla_client.safety_types import CONTACT_MARGIN_M, MAX_ZEROED_ROWS
-from vlm2vla_twin.kinematics import Pose, forward
+from vlm2vla_client.safety import Limits, Reason, RobotState, SafetyContext
+from vlm2vla_client.safety_types import MAX_ZEROED_ROWS
+from vlm2vla_twin.kinematics import Pose
 
 EventSink = Callable[[str, dict[str, Any]], None]
 
@@ -31,8 +31,6 @@ BASE_TOLERANCE_M: Final = 0.010
 BASE_TOLERANCE_RAD: Final = 0.10
 ARRIVAL_DEADLINE_S: Final = 2.0
 GRIPPER_DEADLINE_S: Final = 1.5
-MAX_STATE_AGE_S: Final = 0.25
-MAX_STATE_MISMATCH_M: Final = 0.02
 _POLL_S: Final = 0.02
 _GRIPPER_STILL_S: Final = 0.2
 
@@ -53,8 +51,8 @@ class Executor:
         on_event: called with (kind, JSON-serialisable data) for the recorder; runs in the executor's thread.
         gripper: what the gripper is known to be told already (1 open, 0 closed), so that rows of the same value leave
             its grip alone; None: the first row commands it.
-        ahead_s: how long before a substep has ended the next one is checked, so that it can follow without a pause.
-            0 where time is simulated: there it does not pass meanwhile.
+        ahead_s: how long before a substep has ended the next one, or the next row, is checked, so that it can follow
+            without a pause. 0 where time is simulated: there it does not pass meanwhile.
     """
 
     def __init__(
@@ -71,19 +69,22 @@ class Executor:
     ) -> None:
         if not 0.0 < speed <= 1.0:
             raise ConfigurationError(f"speed must be above 0 and at most 1, got {speed}")
-        self._robot, self._clock, self._limits = robot, clock, limits
+        self._robot, self._clock = robot, clock
         self._monitor: Monitor = monitor or NoMonitor()
         # Slower limits make longer motions; the filter itself judges joint speeds at these limits too.
-        self._pace = replace(
+        pace = replace(
             limits,
             max_speed_m_s=limits.max_speed_m_s * speed,
             max_rotation_speed_rad_s=limits.max_rotation_speed_rad_s * speed,
         )
+        self._checks = Checks(robot, clock, limits, pace)
         self._on_event = on_event
         self._busy = threading.Lock()
         self._commanded: Pose | None = None
         self._gripper = gripper
         self._ahead_s = ahead_s
+        self._between_rows = False  # then nothing is written down until the arm moves again
+        self._unsaid: list[tuple[str, dict[str, Any]]] = []
 
     def run_chunk(
         self,
@@ -94,7 +95,8 @@ class Executor:
         """Execute rows in order until they are done or something ends the chunk. Blocks while the arm moves.
 
         Args:
-            rows: 4-D or 7-D rows; an iterator may deliver them while they are executed.
+            rows: 4-D or 7-D rows; an iterator may deliver them while they are executed. Of a list the next row is
+                checked ahead.
             context: where the rows came from; contacts and zeroed rows are added here.
             start: facts for the motion-start rule, or a function called when the first row is there. Only an
                 operator's rows may do without.
@@ -114,6 +116,7 @@ class Executor:
             self.hold(f"{type(error).__name__}: {error}")
             raise
         finally:
+            self._checks.forget()
             self._busy.release()
 
     def hold(self, reason: str) -> None:
@@ -121,7 +124,11 @@ class Executor:
         self._commanded = None
         # First the arm, then the record of it: a full disk must not keep the arm moving.
         self._robot.hold(reason)
-        self._emit("hold", {"reason": reason})
+        self._between_rows = False
+        try:
+            self._tell()
+        finally:
+            self._emit("hold", {"reason": reason})
 
     # --- one chunk ------------------------------------------------------------------------------------------------
 
@@ -133,6 +140,7 @@ class Executor:
         done: list[RowResult],
     ) -> ChunkResult:
         zeroed = context.fully_zeroed_rows_before
+        known = rows if self._ahead_s and isinstance(rows, Sequence) else ()
         for index, row in enumerate(rows):
             if index == 0:
                 late = self._too_late(context, start() if callable(start) else start)
@@ -140,7 +148,8 @@ class Executor:
                     self._emit("not_started", {"reason": late})
                     return ChunkResult(Outcome.NOT_STARTED, (), late)
             self._poll()
-            result, leg = self._row(index, row, replace(context, fully_zeroed_rows_before=zeroed))
+            following = known[index + 1] if index + 1 < len(known) else None
+            result, leg = self._row(index, row, replace(context, fully_zeroed_rows_before=zeroed), following)
             done.append(result)
             ended = self._after_row(result, leg, tuple(done))
             if ended is not None:
@@ -158,27 +167,27 @@ class Executor:
         age_s = self._clock.now_s() - start.newest_frame_s
         if not age_s <= MAX_START_FRAME_AGE_S:
             return f"the newest frame is {age_s:.2f} s old (limit {MAX_START_FRAME_AGE_S} s)"
-        shift_m = float(np.linalg.norm(np.asarray(self._state().ee_position_m) - start.captured_position_m))
+        shift_m = math.dist(self._checks.state().ee_position_m, start.captured_position_m)
         if not shift_m <= MAX_START_SHIFT_M:
             return f"the arm is {1000 * shift_m:.1f} mm from its pose at capture (limit {1000 * MAX_START_SHIFT_M} mm)"
         return None
 
-    def _row(self, index: int, row: Sequence[float], context: SafetyContext) -> tuple[RowResult, Leg | None]:
-        state = self._state()
-        base = self._base(state)
-        touching = self._touching(context, state)
-        decision = filter_row(row, as_if_at(state, base), touching, self._limits)
-        given = list(row)
-        self._emit(
-            "row", {"index": index, "row": given, **decision_data(decision), "contacts": sorted(touching.contacts)}
-        )
-        if decision.row is None:
+    def _row(
+        self, index: int, row: Sequence[float], context: SafetyContext, following: Sequence[float] | None
+    ) -> tuple[RowResult, Leg | None]:
+        state = self._checks.state()
+        judged = self._checks.row(row, context, state, self._base(state))
+        decision, leg, given = judged.decision, judged.leg, list(row)
+        if leg is None or leg.steps == 0:
+            self._between_rows = False
+        self._emit("row", row_data(index, given, judged))
+        if leg is None:
             return RowResult(index, given, decision, 0, False), None
-        leg = plan_leg(state, base, decision.row, self._pace)
         if leg.steps == 0:
             self._move_gripper(leg.gripper)
             return RowResult(index, given, decision, 0, True), leg
-        self._travel(leg, context)
+        plain = decision.verdict == "pass" and leg.gripper == self._gripper
+        self._travel(leg, context, following if plain else None)
         if leg.stop is not None and leg.stop.row is None:
             return RowResult(index, given, decision, leg.done, False), leg
         arrived = self._arrive()
@@ -215,24 +224,25 @@ class Executor:
 
     # --- one row --------------------------------------------------------------------------------------------------
 
-    def _travel(self, leg: Leg, context: SafetyContext) -> None:
-        """Run the substeps; sets ``leg.stop`` when one was refused or changed in a way that ends the chunk."""
+    def _travel(self, leg: Leg, context: SafetyContext, following: Sequence[float] | None) -> None:
+        """Run the substeps; sets ``leg.stop`` when one was refused or changed in a way that ends the chunk.
+
+        ``following``: the row after this one, where nothing but its arrival comes between them.
+        """
         at = leg.base.position_m
         ends_s = -math.inf
         # Rows in a row are counted here, not substeps.
         plain = replace(context, fully_zeroed_rows_before=0)
         for step in range(1, leg.steps + 1):
             self._poll()
-            state = self._state()
-            wanted = Pose(
-                at + (leg.goal_m - at) / (leg.steps - step + 1),
-                rotation_of(leg.turned_rad[None] * (step / leg.steps))[0] @ leg.base.rotation,
-            )
-            decision = filter_row(row_between(state, wanted, leg), state, self._touching(plain, state), self._limits)
+            state = self._checks.state()
+            wanted = leg.wanted(at, step)
+            decision = self._checks.substep(wanted, leg, plain, state)
             target = apply_decision(state, wanted, decision, leg)
             if target is not None:
                 self._clock.sleep_s(ends_s - self._clock.now_s() if self._ahead_s else 0.0)
                 ends_s = self._command(target, leg.step_s)
+            self._between_rows = False
             # Only now: a disk that takes a second must not come between a check and its motion.
             self._emit("substep", substep_data(step, leg, state, target, decision))
             if target is None:
@@ -240,10 +250,16 @@ class Executor:
                 return
             at = target.position_m
             leg.done += 1
-            self._let_move(leg.step_s, ends_s, 0.0 if step == leg.steps or decision.ends_chunk else self._ahead_s)
+            last = step == leg.steps or decision.ends_chunk
+            foresees = following is not None and last and not (decision.ends_chunk or leg.touched)
+            self._let_move(leg.step_s, ends_s, self._ahead_s if foresees or not last else 0.0)
             if decision.ends_chunk:
                 leg.stop = decision
                 return
+            if foresees and following is not None:
+                self._checks.foresee(following, target, plain)
+                self._between_rows = True
+                self._let_move(0.0, ends_s, 0.0)
 
     def _command(self, target: Pose, duration_s: float) -> float:
         """Starts a substep; the time at which it ends."""
@@ -263,7 +279,7 @@ class Executor:
         began_s = self._clock.now_s()
         while True:
             self._poll()
-            error_m = float(np.linalg.norm(np.asarray(self._state().ee_position_m) - goal.position_m))
+            error_m = math.dist(self._checks.state().ee_position_m, goal.position_m)
             waited_s = self._clock.now_s() - began_s
             arrived = error_m <= self._robot.capabilities.arrival_tolerance_m
             if arrived or waited_s >= ARRIVAL_DEADLINE_S:
@@ -279,11 +295,11 @@ class Executor:
         self._robot.set_gripper(gripper >= 0.5, GRIPPER_DEADLINE_S)
         self._gripper = gripper
         began_s = still_since_s = self._clock.now_s()
-        last = self._state().gripper
+        last = self._checks.state().gripper
         while True:
             self._clock.sleep_s(_POLL_S)
             self._poll()
-            now_s, opening = self._clock.now_s(), self._state().gripper
+            now_s, opening = self._clock.now_s(), self._checks.state().gripper
             if abs(opening - last) > 0.01:
                 last, still_since_s = opening, now_s
             there = abs(opening - gripper) < 0.02
@@ -299,35 +315,13 @@ class Executor:
             self._emit("fault", {"reason": fault})
             raise _Fault(fault)
 
-    def _state(self) -> RobotState:
-        """A fresh measurement that does not contradict itself."""
-        state = self._robot.state()
-        age_s = self._clock.now_s() - state.stamp_s
-        if not age_s <= MAX_STATE_AGE_S:
-            raise RobotError(
-                f"the arm's state is {age_s:.2f} s old (limit {MAX_STATE_AGE_S} s): is its driver running?"
-            )
-        gap_m = float(np.linalg.norm(forward(state.joints_rad).position_m - np.asarray(state.ee_position_m)))
-        if not gap_m <= MAX_STATE_MISMATCH_M:
-            raise RobotError(
-                f"the arm's joints and its reported position disagree by {1000 * gap_m:.0f} mm: recalibrate"
-            )
-        return state
-
-    def _touching(self, context: SafetyContext, state: RobotState) -> SafetyContext:
-        found = set(context.contacts) | set(self._robot.contacts())
-        floor_m = self._limits.counter_z_m + CONTACT_MARGIN_M
-        if float(np.asarray(state.finger_tips_m)[:, 2].min()) <= floor_m:
-            found.add("counter")
-        return replace(context, contacts=frozenset(found))
-
     def _base(self, state: RobotState) -> Pose:
         """What a row is relative to: the last commanded pose, unless the arm is not there."""
         measured = Pose(np.array(state.ee_position_m, dtype=np.float64), np.array(state.ee_rotation, dtype=np.float64))
         if self._commanded is None:
             return measured
-        gap_m = float(np.linalg.norm(measured.position_m - self._commanded.position_m))
-        turn = float(np.trace(self._commanded.rotation.T @ measured.rotation))
+        gap_m = math.dist(measured.position_m, self._commanded.position_m)
+        turn = float(np.vdot(self._commanded.rotation, measured.rotation))  # the trace of the turn between them
         gap_rad = math.acos(min(max(0.5 * (turn - 1.0), -1.0), 1.0))
         if gap_m <= BASE_TOLERANCE_M and gap_rad <= BASE_TOLERANCE_RAD:
             return self._commanded
@@ -335,7 +329,14 @@ class Executor:
         return measured
 
     def _emit(self, kind: str, data: dict[str, Any]) -> None:
-        if self._on_event is not None:
+        """Tells the recorder; between two rows as soon as the arm moves again or is held, in the same order."""
+        self._unsaid.append((kind, data))
+        if not self._between_rows:
+            self._tell()
+
+    def _tell(self) -> None:
+        unsaid, self._unsaid = self._unsaid, []
+        for kind, data in unsaid if self._on_event is not None else ():
             self._on_event(kind, data)
 
 

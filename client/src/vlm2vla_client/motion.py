@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlm2vla_client.safety_geometry import motion_seconds, rotation_of
-from vlm2vla_client.safety_types import MAX_SUBSTEP_M, MAX_SUBSTEP_S, Decision, Limits, RobotState
+from vlm2vla_client.safety_types import MAX_SUBSTEP_M, MAX_SUBSTEP_S, Decision, Limits, RobotState, SafetyContext
 from vlm2vla_twin.kinematics import Pose
 
 FloatArray = NDArray[np.float64]
+
+
+#: How far the arm may be from where it was checked ahead: half of what counts as touching. At full speed it comes
+#: 1 mm further in 4 ms.
+AHEAD_TOLERANCE_M: Final = 0.0015
+
+
+@dataclass(frozen=True, eq=False)
+class Ahead:
+    """A check of a substep that passed shortly before its time, and what was known then."""
+
+    state: RobotState
+    context: SafetyContext
+    decision: Decision
+
+    def still_holds(self, state: RobotState, context: SafetyContext) -> bool:
+        """Whether the arm touches the same now, and stands where it stood but for what it moves in that time."""
+        return context == self.context and _near(state, self.state)
 
 
 @dataclass
@@ -30,6 +49,40 @@ class Leg:
     done: int = 0
     touched: bool = False
     stop: Decision | None = None
+    ahead: Ahead | None = None
+
+    def wanted(self, at_m: FloatArray, step: int) -> Pose:
+        """Where a substep leads that begins where the one before it was to end."""
+        position_m, rotation = at_m + (self.goal_m - at_m) / (self.steps - step + 1), self.base.rotation
+        if self.turned_rad.any():
+            rotation = rotation_of(self.turned_rad * (step / self.steps)) @ rotation
+        return Pose(position_m, rotation)
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """The filter's word on a row, and all that it was asked with. leg: None for a row that was refused."""
+
+    row: Sequence[float]
+    state: RobotState
+    base: Pose
+    context: SafetyContext
+    decision: Decision
+    leg: Leg | None
+
+    def still_holds(self, row: Sequence[float], state: RobotState, base: Pose, context: SafetyContext) -> bool:
+        """Whether the filter would be asked the same now: this row, from the same base, touching the same.
+
+        The states are moved to their base, so what may differ is how the gripper stands about it.
+        """
+        return row is self.row and base is self.base and context == self.context and _near(state, self.state)
+
+
+def _near(state: RobotState, other: RobotState) -> bool:
+    """Whether end effector and finger tips are where they were a moment ago."""
+    now, then = (state.ee_position_m, *state.finger_tips_m), (other.ee_position_m, *other.finger_tips_m)
+    lately = state.stamp_s - other.stamp_s <= MAX_SUBSTEP_S
+    return lately and all(math.dist(a, b) <= AHEAD_TOLERANCE_M for a, b in zip(now, then, strict=True))
 
 
 def plan_leg(state: RobotState, base: Pose, row: list[float], pace: Limits) -> Leg:
@@ -102,6 +155,12 @@ def decision_data(decision: Decision) -> dict[str, Any]:
         "reasons": [str(reason) for reason in decision.reasons],
         "ends_chunk": decision.ends_chunk,
     }
+
+
+def row_data(index: int, row: list[float], judged: Judged) -> dict[str, Any]:
+    """A row and the filter's word on it as the recorder writes them."""
+    contacts = sorted(judged.context.contacts)
+    return {"index": index, "row": row, **decision_data(judged.decision), "contacts": contacts}
 
 
 def substep_data(step: int, leg: Leg, state: RobotState, target: Pose | None, decision: Decision) -> dict[str, Any]:

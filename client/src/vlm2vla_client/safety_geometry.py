@@ -147,6 +147,8 @@ def _limit_size(result: Screened, limits: Limits) -> None:
         ),
     ):
         largest = np.abs(values).max(axis=1)
+        if not (largest > most + TOLERANCE).any():
+            continue
         result.refuse(largest > refused_above + TOLERANCE, far_over)
         scale = ~result.refused & (largest > most + TOLERANCE)
         result.note(scale, over)
@@ -169,6 +171,8 @@ def _stop_at_contact(result: Screened, batch: Batch, points: FloatArray, limits:
         push = sign * moved[:, axis]
         stop = contact & (push > 0.0)
         cut = ~contact & (push > room + _ROUNDING_M)
+        if not (stop | cut).any():
+            continue
         result.note(stop, touching)
         result.note(cut, reached)
         moved[stop, axis] = 0.0
@@ -258,6 +262,8 @@ def _box_fraction(way: _Way, low: FloatArray, high: FloatArray) -> FloatArray:
     """Largest share [K, M] in 0..1 of each piece for which every point stays between ``low`` and ``high``."""
     begin, delta = way.begin, way.delta
     end = begin + delta
+    if ((low - _ROUNDING_M <= end) & (end <= high + _ROUNDING_M)).all():
+        return np.ones(begin.shape[:2])
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         to_high = np.where(end > high + _ROUNDING_M, (high - begin) / delta, 1.0)
         to_low = np.where(end < low - _ROUNDING_M, (low - begin) / delta, 1.0)
@@ -310,19 +316,22 @@ def _refuse_from_outside(
         return np.asarray((np.maximum(low - points, 0.0) + np.maximum(points - high, 0.0)).sum(axis=(1, 2)))
 
     before = violation(start)
-    outside = np.zeros(len(result.refused), bool)
     if (before > TOLERANCE).any():
         end = _moved(start, result.translation_m[index], result.rotation_rad[index], fraction)
+        outside = np.zeros(len(result.refused), bool)
         outside[index] = (before > TOLERANCE) & (violation(end) >= before - _ROUNDING_M)
-    trapped = np.zeros(len(result.refused), bool)
-    for a, b in forbidden:
-        trapped[index] |= (_depth(start, a, b) > TOLERANCE).any(axis=1) & (fraction <= 0.0)
-    result.refuse(outside, Reason.OUTSIDE_BOX)
-    result.refuse(trapped, Reason.FORBIDDEN_BOX)
+        result.refuse(outside, Reason.OUTSIDE_BOX)
+    if (fraction <= 0.0).any():
+        trapped = np.zeros(len(result.refused), bool)
+        for a, b in forbidden:
+            trapped[index] |= (_depth(start, a, b) > TOLERANCE).any(axis=1) & (fraction <= 0.0)
+        result.refuse(trapped, Reason.FORBIDDEN_BOX)
 
 
 def _scale(result: Screened, index: NDArray[np.intp], fraction: FloatArray, reason: Reason) -> None:
     """Shorten rows to a share of themselves; a shortened row ends its chunk."""
+    if not (fraction < 1.0).any():
+        return
     short = np.zeros(len(result.refused), bool)
     short[index] = fraction < 1.0
     short &= ~result.refused
