@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
+import numpy as np
+
 from vlm2vla_client.clock import Clock
 from vlm2vla_client.errors import RobotError
 from vlm2vla_client.motion import Ahead, Judged, Leg, as_if_at, plan_leg, row_between
@@ -89,6 +91,6 @@ class Checks:
     def _touching(self, context: SafetyContext, state: RobotState) -> SafetyContext:
         found = set(context.contacts) | set(self._robot.contacts())
         floor_m = self._limits.counter_z_m + CONTACT_MARGIN_M
-        if min(float(tip[2]) for tip in state.finger_tips_m) <= floor_m:
+        if min(np.asarray(state.finger_tips_m)[:, 2].tolist()) <= floor_m:
             found.add("counter")
         return replace(context, contacts=frozenset(found))

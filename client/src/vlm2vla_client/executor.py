@@ -336,8 +336,9 @@ class Executor:
 
     def _tell(self) -> None:
         unsaid, self._unsaid = self._unsaid, []
-        for kind, data in unsaid if self._on_event is not None else ():
-            self._on_event(kind, data)
+        if self._on_event is not None:
+            for kind, data in unsaid:
+                self._on_event(kind, data)
 
 
 __all__ = [
