@@ -5,10 +5,10 @@
         --out bench/results/edit_recovery.json
 
 Each seed is first run by the policy alone. One that fails (no full score by physics) is run again with an operator
-who, once a trial, gives other words, as `--confirm` takes them: from the third try of a subtask on, the motion plan
-becomes what the scripted expert says of the moment, where that differs from what the policy said; and when the subtask
-needs the thing in the gripper and it is not there, the words are the expert's for the grasp that came before. Only
-these words come from the expert: the rows are the model's.
+who, once a trial, gives other words, as `--confirm` takes them. A gripper that should hold the thing and is empty, or
+that the policy would close once more instead of opening it, goes back to the approach ("Move to Carrot") with the
+motion plan that the scripted expert has from there; from the fourth try of an approach on, its plan becomes the
+expert's, unless that is to hold still. Only these words come from the expert: the rows are the model's.
 Beside it, as a control, the same seed once more with nobody's help.
 Must: at least half of the failed trials reach full score. Every seed is a line beside the result (`.jsonl`): an
 interrupted run goes on where it stopped.
@@ -36,19 +36,20 @@ from vlm2vla_client.machine import about_machine, current_commit
 from vlm2vla_client.progress import SilentProgress
 from vlm2vla_client.scenes import SceneChoice
 from vlm2vla_client.sim import SimBench, SimRequest, make_policy, make_verifier, run_parts
-from vlm2vla_twin.expert import Expert, UnknownTaskError
+from vlm2vla_twin.expert import Expert
 from vlm2vla_twin.skills import Skill, parse_subtask
 from vlm2vla_twin.tasks import SUITES
-from vlm2vla_twin.truth import is_held
 
-TRIES_BEFORE_EDIT = 2
+MOVES_BEFORE_EDIT = 3
+CLOSED = 0.1
+OPENS, STILL = "open the gripper", "Hold still"
 MAX_CYCLES = 12
 STARVED_AGAIN = 3
 
 
 @dataclass
 class Editor:
-    """Lets every chunk pass but one."""
+    """Lets every chunk pass but one: the first whose words are plainly wrong."""
 
     expert: Expert
     tries: dict[str, int] = field(default_factory=dict)
@@ -57,28 +58,38 @@ class Editor:
     def __call__(self, proposal: Proposal) -> bool | Edit:
         subtask = proposal.subtask
         self.tries[subtask] = self.tries.get(subtask, 0) + 1
-        if self.edit is not None or self.tries[subtask] <= TRIES_BEFORE_EDIT:
-            return True
-        words = self._words(subtask)
+        words = None if self.edit is not None else self._words(proposal)
         if words is None or (words.subtask, words.motion_plan) == (subtask, proposal.motion_plan):
             return True
         said = {"subtask": subtask, "motion_plan": proposal.motion_plan}
         self.edit = {"from": said, "to": {"subtask": words.subtask, "motion_plan": words.motion_plan}}
         return words
 
-    def _words(self, subtask: str) -> Edit | None:
-        """What the expert would say now; None when it does not understand the subtask."""
-        skill = parse_subtask(subtask)
-        if skill is not None and skill.kind not in ("move", "grasp") and not self._holds(skill.object):
-            grasp = Skill("grasp", skill.object)
-            subtask = next((known for known in self.tries if parse_subtask(known) == grasp), subtask)
-        try:
-            return Edit(subtask, self.expert.motion_plan(subtask))
-        except UnknownTaskError:
+    def _words(self, proposal: Proposal) -> Edit | None:
+        """What the expert would say now; None while the policy's words may still come right."""
+        skill = parse_subtask(proposal.subtask)
+        if skill is None or skill.object not in self.expert.world.object_names():
             return None
+        plan = self.expert.motion_plan(proposal.subtask)
+        if skill.kind == "move":
+            lost = self.tries[proposal.subtask] > MOVES_BEFORE_EDIT and not plan.startswith(STILL)
+            return Edit(proposal.subtask, plan) if lost else None
+        if skill.kind == "grasp":
+            empty = OPENS in plan.lower() and OPENS not in (proposal.motion_plan or "").lower()
+        else:
+            empty = not self._holds(skill.object)
+        return self._anew(skill.object) if empty else None
 
-    def _holds(self, name: str) -> bool:
-        return name in self.expert.world.object_names() and is_held(self.expert.world, name)
+    def _anew(self, thing: str) -> Edit | None:
+        """Back to the approach, in the words that the policy knows it by, with the expert's plan from here."""
+        move = Skill("move", thing)
+        subtask = next((known for known in self.tries if parse_subtask(known) == move), None)
+        return None if subtask is None else Edit(subtask, self.expert.motion_plan(subtask))
+
+    def _holds(self, thing: str) -> bool:
+        """Whether the thing is between the fingers: fingers that closed wholly have its edge at most."""
+        world = self.expert.world
+        return world.grasped(thing) and world.gripper_fraction() > CLOSED
 
 
 def trial(request: SimRequest, edited: bool) -> dict[str, Any]:
