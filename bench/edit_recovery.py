@@ -1,7 +1,7 @@
 """How many failed trials does one edit in words save?
 
     vlm2vla-server serve --twin --port 8000 &
-    python bench/edit_recovery.py --server http://localhost:8000 --suite pick_carrot --seed 1000000 --failures 50 \
+    python bench/edit_recovery.py --server http://localhost:8000 --suite pick_carrot --seed 1001000 --failures 50 \
         --out bench/results/edit_recovery.json
 
 Each seed is first run by the policy alone. One that fails (no full score by physics) is run again with an operator
