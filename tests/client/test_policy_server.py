@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -257,6 +258,18 @@ def test_info_says_who_answers_and_whether_it_was_trained_to_act() -> None:
     assert not ServerPolicy(FakeServer().connection(), model="base").info().trained_to_act
     with pytest.raises(errors.ProtocolMismatchError, match="no model"):
         ServerPolicy(FakeServer().connection(), model="nobody").info()
+
+
+def test_a_sign_of_life_is_read_to_its_end() -> None:
+    """Or its connection could not be used again, and every poll while the arm moves would open a new one."""
+    ended = []
+
+    def body() -> Iterator[bytes]:
+        yield b"{}"
+        ended.append(True)
+
+    assert ServerPolicy(FakeServer(healthz=lambda _: httpx.Response(200, content=body())).connection()).alive(0.1)
+    assert ended
 
 
 def test_liveness_never_raises() -> None:

@@ -30,6 +30,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from vlm2vla_schema.images import decode_image, from_base64, to_model_square
 from vlm2vla_schema.messages import TOP_P_POLICY, ActionsRequest
 from vlm2vla_schema.types import ModelCard
+from vlm2vla_server import logs
 from vlm2vla_server.app import create_app
 from vlm2vla_server.bodies import parse_json
 from vlm2vla_server.cli import SWITCH_INTERVAL_S
@@ -115,6 +116,7 @@ def main() -> None:
     name, path = settings.adapters[0] if settings.adapters else (None, settings.require_model())
     app = create_app(settings, engine)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    logs.setup("json")  # as `vlm2vla-server serve` does
     direct = DirectDoor(app, engine, ModelCard.read(path), name, settings.max_row_translation_m)
     uvicorn.Server(http_config(direct, "127.0.0.1", port)).run()
 

@@ -7,6 +7,7 @@ request, which takes a fraction of a millisecond; whatever could take longer is 
 from __future__ import annotations
 
 import asyncio
+import functools
 import re
 import types
 from collections.abc import AsyncIterator
@@ -66,7 +67,7 @@ def _too_large(max_bytes: int) -> PayloadTooLarge:
 
 async def parse_body(headers: Headers, body: bytes, model: type[M], *, forms: bool = True) -> M:
     """Validate a JSON or, with `forms`, a multipart body. Raises UnsupportedMediaType, InvalidRequest."""
-    kind, charset = _content_type(headers)
+    kind, charset = _content_type(headers.get("content-type", ""))
     if headers.get("content-encoding", "identity").lower() not in ("", "identity"):
         raise UnsupportedMediaType("compressed bodies are not accepted; send the body as it is")
     if kind == "application/json":
@@ -82,8 +83,10 @@ async def parse_body(headers: Headers, body: bytes, model: type[M], *, forms: bo
     raise UnsupportedMediaType(f"expected Content-Type {' or '.join(accepted)}", details={"accepted": accepted})
 
 
-def _content_type(headers: Headers) -> tuple[str, str]:
-    value = headers.get("content-type", "").replace("\n", " ").replace("\r", " ")
+@functools.lru_cache(maxsize=64)
+def _content_type(value: str) -> tuple[str, str]:
+    """Media type and charset of a header's value; every client sends the same few again and again."""
+    value = value.replace("\n", " ").replace("\r", " ")
     if not value:
         return "", ""
     message = Message()

@@ -50,6 +50,10 @@ class Work:
         """The next event."""
         return await self.events.get()
 
+    def release(self) -> None:
+        """The answer is there: nobody has to watch any more whether the caller leaves. Waits for nothing."""
+        self._leave.cancel()
+
     async def stop(self) -> None:
         """Cancel whatever still runs, and wait for it."""
         for task in (self.task, self._leave):
@@ -83,7 +87,7 @@ async def handle(
     first = await first_event(work)
     if wants_stream:
         return EventStream(work, first, NDJSON, lambda event: _line(event, echo_id(request.scope)))
-    await work.stop()
+    work.release()
     return Response(first.model_dump_json(), media_type="application/json")
 
 

@@ -120,6 +120,7 @@ class Guard:
                     headers={"WWW-Authenticate": "Bearer"},
                 )
             await self._app(scope, exchange.receive, exchange.send)
+            await asyncio.sleep(0)  # uvloop sends at the end of its round: the answer goes, then the log's line is made
         except ServerError as problem:
             await exchange.fail(problem)
         except Exception:

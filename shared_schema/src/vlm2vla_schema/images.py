@@ -141,7 +141,7 @@ def _squashed(image: Image.Image, size: int, pool: Executor | None = None) -> ND
 
 
 def _resized(image: Image.Image, box: _Box, size: tuple[int, int]) -> Image.Image:
-    return image.crop(box).resize(size, Image.Resampling.LANCZOS)
+    return image.resize(size, Image.Resampling.LANCZOS, box=box)
 
 
 def _strips(length: int) -> list[tuple[int, int]]:
