@@ -20,10 +20,13 @@ from vlm2vla_client.recorder import RecordedEpisode
 HERE = Path(__file__).parent
 MODEL = HERE.parents[1] / "models" / "twin"
 START_LIMIT_S = 150.0
+VLLM_START_LIMIT_S = 600.0
 
 
 class ServerProcess:
-    """``e2e_server.py`` on a free port."""
+    """``e2e_server.py`` on a free port. url, log, pid: where it answers, what it wrote, its process."""
+
+    start_limit_s = START_LIMIT_S
 
     def __init__(self, folder: Path, texts: dict[str, Any], token_s: float = 0.0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -35,13 +38,15 @@ class ServerProcess:
             probe.bind(("127.0.0.1", 0))
             port = int(probe.getsockname()[1])
         self.url = f"http://127.0.0.1:{port}"
-        self._log = (folder / "server.log").open("wb")
-        self._process = subprocess.Popen(command(port), stdout=self._log, stderr=subprocess.STDOUT)
+        self.log = folder / "server.log"
+        self._file = self.log.open("wb")
+        self._process = subprocess.Popen(command(port), stdout=self._file, stderr=subprocess.STDOUT)
+        self.pid = self._process.pid
         self.killed_s: float | None = None
-        self._wait(folder)
+        self._wait()
 
-    def _wait(self, folder: Path) -> None:
-        ends_s = time.monotonic() + START_LIMIT_S
+    def _wait(self) -> None:
+        ends_s = time.monotonic() + self.start_limit_s
         while time.monotonic() < ends_s:
             if self._process.poll() is not None:
                 break
@@ -52,7 +57,7 @@ class ServerProcess:
                 pass
             time.sleep(0.1)
         self.close()
-        raise AssertionError("the server did not start:\n" + (folder / "server.log").read_text())
+        raise AssertionError("the server did not start:\n" + self.log.read_text())
 
     def kill(self) -> None:
         """SIGKILL, as a power cut would."""
@@ -71,19 +76,21 @@ class ServerProcess:
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait(timeout=10)
-        self._log.close()
+        self._file.close()
 
 
 class TwinServer(ServerProcess):
     """``vlm2vla-server serve`` with the real model of models/twin and some of its adapters, by folder."""
 
-    def __init__(self, folder: Path, **adapters: str) -> None:
+    def __init__(self, folder: Path, engine: str = "transformers", **adapters: str) -> None:
+        if engine == "vllm":
+            self.start_limit_s = VLLM_START_LIMIT_S
         folder.mkdir(parents=True, exist_ok=True)
         program = str(Path(sys.executable).with_name("vlm2vla-server"))
         model = ["--model", str(MODEL / "base"), "--threads", "1"]
         for name, path in (adapters or {"twin": "adapter"}).items():
             model += ["--adapter", f"{name}={MODEL / path}"]
-        serve = [program, "serve", "--engine", "transformers", *model]
+        serve = [program, "serve", "--engine", engine, *model]
         self._start(folder, lambda port: [*serve, "--port", str(port)])
 
 
