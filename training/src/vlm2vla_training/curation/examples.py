@@ -296,7 +296,7 @@ class _Builder:
         still have work left (hard), and earlier frames.
 
         The first pair's `before` is the step's start, the others' any frame up to `after`: a subtask that is tried
-        again is judged from where the last try ended, which may be done already.
+        again is judged from where the last try ended, which may be done already. Never is `before` the later one.
         """
         first, end = self.steps[index].first, self._end_frame(index)
         if end == first:
@@ -306,20 +306,24 @@ class _Builder:
             self._verdict(index, before, end, self._completed(index))
             wrong = self._wrong_after(index, end, hard=pair % 2 == 0)
             if wrong is not None:
-                before = first if pair == 0 or wrong <= first else int(self.random.integers(first, wrong + 1))
+                start = first if wrong >= first else self.steps[0].first
+                before = start if pair == 0 or wrong == start else int(self.random.integers(start, wrong + 1))
                 self._verdict(index, before, wrong, False)
 
     def _wrong_after(self, index: int, end: int, hard: bool) -> int | None:
         step = self.steps[index]
-        near = []
-        for frame in range(max(step.first + 1, end - 3), end):
-            left_m, changes = self._work_left(index, frame)
-            if changes or left_m >= _FINISHED_M:
-                near.append(frame)
+        near = [frame for frame in range(max(step.first + 1, end - 3), end) if self._unfinished(index, frame)]
         others = [other.first for other in self.steps[: index + 1]]
-        others += [frame for frame in range(step.first + 1, max(step.first + 1, end - 3))]
+        others += [frame for frame in range(step.first + 1, end - 3) if self._unfinished(index, frame)]
         choices = near if hard and near else others
         return int(self.random.choice(choices)) if choices else None
+
+    def _unfinished(self, index: int, frame: int) -> bool:
+        """Whether a frame inside a step shows it not done. Of a try that went wrong only what the gripper still has to
+        do says so: a motion that ended beside may have been right on its way.
+        """
+        left_m, changes = self._work_left(index, frame)
+        return changes or (left_m >= _FINISHED_M and self._completed(index))
 
     def _verdict(self, index: int, before: int, after: int, success: bool) -> None:
         step = self.steps[index]
