@@ -107,6 +107,16 @@ def test_verify_examples_are_balanced_and_name_the_next_subtask() -> None:
     assert all(one.images[0] <= one.images[1] for one in found), "no service is asked about frames in reverse"
 
 
+def test_each_positive_may_have_several_negatives_in_turn_near_the_end_and_far_from_it() -> None:
+    options = dataclasses.replace(MAIN, kinds=("verify",), verify_pairs=4, verify_negatives=3)
+    steps = annotated(PICK, "pick up the carrot")[1].steps
+    found = examples(PICK, "pick up the carrot", options)
+    verdicts = Counter(parse_verdict(example.completion).success for example in found)
+    assert verdicts == {True: 4 * len(steps), False: 12 * len(steps)}
+    of_move = Counter(one.images[1] >= steps[1].first - 3 for one in found if one.last == steps[0].last)
+    assert of_move == {True: 4 + 6, False: 6}
+
+
 def test_a_second_try_is_judged_from_where_the_first_one_ended() -> None:
     options = dataclasses.replace(MAIN, verify_pairs=12)
     steps = annotated(PICK, "pick up the carrot")[1].steps

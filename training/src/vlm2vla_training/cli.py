@@ -182,6 +182,7 @@ def _add_curate(commands: Commands[argparse.ArgumentParser]) -> None:
     command.add_argument("--image-size", type=int, default=0, help="square side in pixels; 0 keeps frames as logged")
     command.add_argument("--extra-starts", type=int, default=0, help="further starting frames inside each step (ours)")
     command.add_argument("--verify-pairs", type=int, default=2, help="verifier pairs of each sign a step")
+    command.add_argument("--verify-negatives", type=int, default=1, help="negatives for each positive of these")
     command.add_argument("--single-dim-m", type=float, default=0.025, help="B.2's single-axis threshold, metres")
     command.add_argument("--absolute-m", type=float, default=0.05, help="B.2's absolute threshold, metres")
     command.add_argument("--chunk-mode", choices=("paper", "flush"), default="paper")

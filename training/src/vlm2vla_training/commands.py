@@ -89,6 +89,7 @@ def run_curate(args: argparse.Namespace) -> int:
         plan_source=args.plan_source,
         extra_starts=args.extra_starts,
         verify_pairs=args.verify_pairs,
+        verify_negatives=args.verify_negatives,
         single_dim_m=args.single_dim_m,
         absolute_m=args.absolute_m,
         chunk_mode=args.chunk_mode,

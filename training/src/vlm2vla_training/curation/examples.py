@@ -53,6 +53,7 @@ class ExampleOptions:
         extra_starts: further frames inside each step from which the rest of the step is an example too. The paper
             uses none; a closed loop retries from such frames.
         verify_pairs: positive and negative pairs of `verify` a step.
+        verify_negatives: negatives for each positive of these. More make a model say "done" only when it is surer.
         single_dim_m, absolute_m, chunk_mode: see `chunk_actions`.
         max_row_translation_m, max_rows: limits of the parser; an action example beyond them is dropped.
         seed: of every random choice, together with the episode key.
@@ -63,6 +64,7 @@ class ExampleOptions:
     plan_source: PlanSource = "main_movements"
     extra_starts: int = 0
     verify_pairs: int = 2
+    verify_negatives: int = 1
     single_dim_m: float = 0.025
     absolute_m: float = 0.05
     chunk_mode: Mode = "paper"
@@ -304,11 +306,12 @@ class _Builder:
         for pair in range(self.options.verify_pairs):
             before = first if pair == 0 else int(self.random.integers(first, end + 1))
             self._verdict(index, before, end, self._completed(index))
-            wrong = self._wrong_after(index, end, hard=pair % 2 == 0)
-            if wrong is not None:
-                start = first if wrong >= first else self.steps[0].first
-                before = start if pair == 0 or wrong == start else int(self.random.integers(start, wrong + 1))
-                self._verdict(index, before, wrong, False)
+            for negative in range(self.options.verify_negatives):
+                wrong = self._wrong_after(index, end, hard=(pair + negative) % 2 == 0)
+                if wrong is not None:
+                    start = first if wrong >= first else self.steps[0].first
+                    before = start if pair == 0 or wrong == start else int(self.random.integers(start, wrong + 1))
+                    self._verdict(index, before, wrong, False)
 
     def _wrong_after(self, index: int, end: int, hard: bool) -> int | None:
         step = self.steps[index]
