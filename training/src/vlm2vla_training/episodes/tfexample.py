@@ -7,7 +7,6 @@ of cameras that nobody reads: they are stepped over, which no library for protob
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from functools import lru_cache
 
@@ -19,31 +18,38 @@ from vlm2vla_training.errors import DataError
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _KIND_NAMES = {1: "bytes", 2: "floats", 3: "integers"}
 _TAG_OF_BYTES = 1 << 3 | _BYTES
-_KIND_OF_TAG = {bytes([kind << 3 | _BYTES]): kind for kind in _KIND_NAMES}
-# An entry as every writer known writes it, up to its first value: its length, name, feature's length, kind, list's
-# length. Anything else is read field by field.
-_NUMBER = rb"([\x80-\xff]{0,4}[\x00-\x7f])"
-_ENTRY = re.compile(
-    rb"\n" + _NUMBER + rb"\n([\x00-\x7f])([ -~]*)\x12[\x80-\xff]{0,4}[\x00-\x7f]" + rb"([\n\x12\x1a])" + _NUMBER
-)
+# A feature of some kind is at least this long with its own length: that, the kind, the list's length.
+_SHORTEST = 3
+_UNSEEN = 0
+_TAG_OF_FEATURE = bytes([2 << 3 | _BYTES])
 
-_Place = tuple[int, int, int]  # kind, and where the list begins and ends
+# What the entries of a record begin with behind their lengths, in order, how long that is, and the feature's name.
+Layout = tuple[tuple[bytes, int, str], ...]
+_Place = tuple[int, int, int]  # kind, begin and end of the list; or `_UNSEEN`, begin and end of the whole feature
 
 
 class Example:
-    """Features of one serialised tf.train.Example by name; values are decoded when asked for."""
+    """Features of one serialised tf.train.Example by name; values are decoded when asked for.
 
-    def __init__(self, data: bytes) -> None:
-        """Index the features.
+    Attributes:
+        layout: how the record is laid out. One writer's records are alike: give it to the next, whose features are
+            then found by comparing instead of decoding.
+    """
+
+    __slots__ = ("_data", "_features", "layout")
+
+    def __init__(self, data: bytes, layout: Layout = ()) -> None:
+        """Find the features.
 
         Raises:
             DataError: `data` is not a tf.train.Example.
         """
         self._data = data
         self._features: dict[str, _Place] = {}
-        for field, kind, begin, end in _fields(data, 0, len(data)):
-            if field == 1 and kind == _BYTES:
-                self._index(begin, end)
+        self.layout = layout
+        if not layout or not self._found_by_layout():
+            self._features.clear()
+            self.layout = self._indexed()
 
     def __contains__(self, name: str) -> bool:
         """Tell whether the feature is there with at least one kind of value."""
@@ -60,17 +66,23 @@ class Example:
             DataError: the feature is missing, holds another kind of value or is broken.
         """
         data = self._data
-        position, end = self._place(name, 1)
+        begin, end = self._place(name, 1)
         values: list[bytes] = []
+        position = begin
         while position + 1 < end and data[position] == _TAG_OF_BYTES:
             length, position = data[position + 1], position + 2
             if length > 0x7F:
-                length, position = _varint(data, position - 1, end)
+                if data[position] > 0x7F:
+                    length, position = _varint(data, position - 1, end)
+                else:
+                    length, position = length & 0x7F | data[position] << 7, position + 1
+            elif not values and (count := _repetitions(data, begin, position + length, end)):
+                return [data[position : position + length]] * count
             values.append(data[position : position + length])
             position += length
         if position == end:
             return values
-        return [data[b:e] for field, kind, b, e in _fields(data, *self._place(name, 1)) if (field, kind) == (1, _BYTES)]
+        return [data[b:e] for field, kind, b, e in _fields(data, begin, end) if (field, kind) == (1, _BYTES)]
 
     def floats(self, name: str) -> NDArray[np.float32]:
         """Return the numbers of a float feature, [N].
@@ -78,7 +90,12 @@ class Example:
         Raises:
             DataError: as for `bytes_list`.
         """
-        found = [np.frombuffer(value, dtype="<f4") for value in _packed(self._list(name, 2), _FIXED32)]
+        data = self._data
+        begin, end = self._place(name, 2)
+        length, first = _varint(data, begin + 1, end) if end - begin > 1 else (0, 0)
+        if first + length == end and data[begin] == _TAG_OF_BYTES and not length % 4:
+            return np.frombuffer(data, "<f4", length // 4, first)
+        found = [np.frombuffer(value, dtype="<f4") for value in _packed(data[begin:end], _FIXED32)]
         if len(found) == 1:
             return found[0]
         return np.concatenate(found) if found else np.zeros(0, np.float32)
@@ -89,54 +106,105 @@ class Example:
         Raises:
             DataError: as for `bytes_list`.
         """
-        return list(_integers(self._list(name, 3)))
+        kind, begin, end = self._features.get(name, (3, 0, 0))
+        numbers = _integers_of_feature(self._data[begin:end]) if kind == _UNSEEN else None
+        if numbers is not None:
+            return list(numbers)
+        begin, end = self._place(name, 3)
+        return list(_integers(self._data[begin:end]))
 
-    def _index(self, position: int, end: int) -> None:
-        data, features, match = self._data, self._features, _ENTRY.match
-        while position < end:
-            found = match(data, position, end)
-            if found is None:
-                position = self._index_slowly(position, end)
-                continue
-            length, name_length, name, tag, list_length = found.groups()
-            values = found.end()
-            stop = found.end(1) + (length[0] if len(length) == 1 else _number(length))
-            size = list_length[0] if len(list_length) == 1 else _number(list_length)
-            if values + size == stop <= end and len(name) == name_length[0]:
-                features[name.decode("ascii")] = _KIND_OF_TAG[tag], values, stop
-                position = stop
-            else:
-                position = self._index_slowly(position, end)
+    def _found_by_layout(self) -> bool:
+        """Find the features where the layout has them; False when the record has others or another order."""
+        data, features = self._data, self._features
+        end, startswith = len(data), data.startswith
+        try:
+            length, position = _varint(data, 1, end)
+            if data[0] != _TAG_OF_BYTES or position + length != end:
+                return False
+            for head, size, name in self.layout:
+                length, begin = data[position + 1], position + 2
+                if length > 0x7F:
+                    if data[begin] > 0x7F:
+                        length, begin = _varint(data, position + 1, end)
+                    else:
+                        length, begin = length & 0x7F | data[begin] << 7, begin + 1
+                if data[position] != _TAG_OF_BYTES or not startswith(head, begin) or length < size + _SHORTEST:
+                    return False
+                position = begin + length
+                features[name] = _UNSEEN, begin + size, position
+        except IndexError:
+            return False
+        return position == end
 
-    def _index_slowly(self, position: int, end: int) -> int:
-        """Index what one field of Features holds, however it was written; the position behind it."""
+    def _indexed(self) -> Layout:
+        """Find the features field by field, however they were written; the layout as far as it is the usual one."""
         data = self._data
-        field, kind, begin, stop = next(_fields(data, position, end))
-        if (field, kind) != (1, _BYTES):
-            return stop
-        name = ""
+        layout: list[tuple[bytes, int, str]] = []
+        for field, kind, begin, end in _fields(data, 0, len(data)):
+            if field != 1 or kind != _BYTES:
+                continue
+            for part, wire, first, last in _fields(data, begin, end):
+                if part == 1 and wire == _BYTES:
+                    layout += self._enter(first, last)
+        return tuple(layout)
+
+    def _enter(self, begin: int, end: int) -> Layout:
+        """Take in one entry of the map; its part of the layout, none when it is an unusual one."""
+        data = self._data
+        name, behind_name = "", 0
         place: _Place | None = None
-        for part, part_kind, first, last in _fields(data, begin, stop):
-            if part_kind == _BYTES and part == 1:
-                name = _text(data[first:last])
-            elif part_kind == _BYTES and part == 2:
+        for field, kind, first, last in _fields(data, begin, end):
+            if kind == _BYTES and field == 1:
+                name, behind_name = _text(data[first:last]), last
+            elif kind == _BYTES and field == 2:
                 lists = ((one, b, e) for one, wire, b, e in _fields(data, first, last) if wire == _BYTES)
                 place = next(lists, None)
-        if place is not None:
-            self._features[name] = place
-        return stop
+        if place is None:
+            return ()
+        self._features[name] = place
+        head = data[begin : behind_name + 1]
+        return ((head, len(head), name),) if head.endswith(_TAG_OF_FEATURE) else ()
 
     def _place(self, name: str, kind: int) -> tuple[int, int]:
         found = self._features.get(name)
+        if found is not None and found[0] == _UNSEEN:
+            found = self._look(name, found[1], found[2])
         if found is None:
             raise DataError(f"feature '{name}' is missing; the record has {', '.join(self.names()) or 'none'}")
         if found[0] != kind:
             raise DataError(f"feature '{name}' holds {_KIND_NAMES.get(found[0])}; expected {_KIND_NAMES[kind]}")
         return found[1], found[2]
 
-    def _list(self, name: str, kind: int) -> bytes:
-        begin, end = self._place(name, kind)
-        return self._data[begin:end]
+    def _look(self, name: str, begin: int, end: int) -> _Place | None:
+        """Look into a feature that the layout found; where its list is."""
+        place = _only_list(self._data, begin, end)
+        if place is None:
+            self._features.clear()
+            self._indexed()
+            return self._features.get(name)
+        self._features[name] = place
+        return place
+
+
+def _only_list(data: bytes, begin: int, end: int) -> _Place | None:
+    """Where the list of the feature data[begin:end] is, its length included; None when there is more or less in it."""
+    length, kind = _varint(data, begin, end)
+    size, first = _varint(data, kind + 1, end)
+    tag = data[kind]
+    return (tag >> 3, first, end) if kind + length == first + size == end and tag & 0x87 == _BYTES else None
+
+
+def _repetitions(data: bytes, begin: int, first_end: int, end: int) -> int:
+    """How often data[begin:end] repeats data[begin:first_end] and nothing else; 0 when it does not."""
+    count, rest = divmod(end - begin, first_end - begin)
+    return count if not rest and data[begin:end] == data[begin:first_end] * count else 0
+
+
+@lru_cache(maxsize=4096)
+def _integers_of_feature(feature: bytes) -> tuple[int, ...] | None:
+    """Numbers of a whole feature; None when it has to be looked into. Few flags and small numbers come again and again."""
+    place = _only_list(feature, 0, len(feature))
+    return _integers(feature[place[1] :]) if place is not None and place[0] == 3 else None
 
 
 def _text(value: bytes) -> str:
@@ -146,9 +214,8 @@ def _text(value: bytes) -> str:
         raise DataError("a feature's name is not UTF-8; expected a tf.train.Example") from error
 
 
-@lru_cache(maxsize=4096)
 def _integers(values: bytes) -> tuple[int, ...]:
-    """Numbers of an Int64List; few flags and small numbers come again and again."""
+    """Numbers of an Int64List."""
     numbers: list[int] = []
     for value in _packed(values, _VARINT):
         position = 0
@@ -187,16 +254,10 @@ def _fields(data: bytes, position: int, limit: int) -> Iterator[tuple[int, int, 
         yield tag >> 3, kind, begin, position
 
 
-def _number(varint: bytes) -> int:
-    """A varint of at most five bytes that is known to be whole."""
-    number = varint[0] & 0x7F
-    for place in range(1, len(varint)):
-        number |= (varint[place] & 0x7F) << 7 * place
-    return number
-
-
 def _varint(data: bytes, position: int, limit: int) -> tuple[int, int]:
     """Decode one varint; the number and the position behind it."""
+    if position < limit and (number := data[position]) < 0x80:
+        return number, position + 1
     number = shift = 0
     while position < limit and shift < 70:
         byte = data[position]
