@@ -75,13 +75,12 @@ def _survey(source: RldsSource, root: Path, options: IntakeOptions, spread: Spre
 def _look(root: str, options: IntakeOptions, shard: str) -> str:
     """Read one shard and tell of its records; runs anywhere."""
     damage: list[dict[str, Any]] = []
-    records = [
-        {
-            "number": met.number, "offset": met.offset, "key": met.key, "kept": met.episode is not None,
-            "report": vars(met.report),
-        }
-        for met in RldsSource(Path(root), options).meet(Path(shard), damage)
-    ]  # fmt: skip
+    records: list[dict[str, Any]] = []
+    for met in RldsSource(Path(root), options).meet(Path(shard), damage):
+        kept = met.episode is not None
+        records.append(
+            {"number": met.number, "offset": met.offset, "key": met.key, "kept": kept, "report": met.report.plain()}
+        )
     return json.dumps({"records": records, "damage": damage})
 
 

@@ -50,7 +50,7 @@ class Episode:
             )
         if self.images and len(self.images) != steps:
             raise DataError(f"episode {self.key}: {len(self.images)} images for {steps} actions; expected one a step")
-        if not (all_finite(self.actions) and all_finite(self.states)):
+        if not all_finite(self.actions, self.states):
             raise DataError(f"episode {self.key}: an action or state is not finite")
 
     def __len__(self) -> int:
@@ -74,10 +74,10 @@ class EpisodeSource(Protocol):
         ...
 
 
-def all_finite(values: NDArray[np.float64]) -> bool:
-    """Tell whether no value is infinite or not a number; quick, because every episode is asked several times."""
-    # Finite squares sum up to a finite number; huge ones may not, and are looked at one by one.
-    return math.isfinite(np.vdot(values, values)) or bool(np.isfinite(values).all())
+def all_finite(one: NDArray[np.float64], other: NDArray[np.float64]) -> bool:
+    """Tell whether no value of two arrays of one shape is infinite or not a number; one call, as every episode asks."""
+    # What is not finite makes every product and sum it is in such; huge values may too, and are looked at one by one.
+    return math.isfinite(np.vdot(one, other)) or bool(np.isfinite(one).all() and np.isfinite(other).all())
 
 
 def binary_gripper(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -89,13 +89,18 @@ def binary_gripper(values: NDArray[np.float64]) -> NDArray[np.float64]:
     Returns:
         [T] of 0.0 or 1.0. A tail that never reaches either end counts as open above 0.5.
     """
-    result = np.asarray(values > 0.5, dtype=np.float64)
-    following = float(values[-1] > 0.5) if len(values) else 1.0
-    for index in range(len(values) - 1, -1, -1):
-        value = float(values[index])
+    return np.array(reached_next(values.tolist()))
+
+
+def reached_next(values: list[float]) -> list[float]:
+    """What `binary_gripper` does, for a list."""
+    following = 1.0 if not values or values[-1] > 0.5 else 0.0
+    result: list[float] = []
+    for value in reversed(values):
         if value > 0.95:
             following = 1.0
         elif value < 0.05:
             following = 0.0
-        result[index] = following
+        result.append(following)
+    result.reverse()
     return result

@@ -10,13 +10,15 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm2vla_training.episodes.base import Episode, all_finite, binary_gripper
+from vlm2vla_training.episodes.base import Episode, all_finite, reached_next
 from vlm2vla_training.errors import DataError
 
 ActionSource = Literal["commanded", "reached"]
 NO_INSTRUCTION = "no instruction"
 # summary.json names so many episodes; all are counted.
 _NAMED = 1000
+_SETTLED_AT = 256
+_PICTURES = (b"\xff\xd8", b"\x89PNG")
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class IntakeReport:
     named: list[dict[str, Any]] = field(default_factory=list)
     damage: list[dict[str, Any]] = field(default_factory=list)
     _gaps_mm: list[float] = field(default_factory=list)
+    _unsettled: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = field(default_factory=list)
 
     def leave_out(self, key: str, reason: str, detail: str = "") -> None:
         """Count one episode as left out and name it."""
@@ -62,21 +65,45 @@ class IntakeReport:
     def add(self, other: IntakeReport) -> None:
         """Take in what another report counted behind this one."""
         self.records += other.records
-        self.left_out.update(other.left_out)
-        self.traps.update(other.traps)
-        self.named += other.named[: _NAMED - len(self.named)]
+        if other.left_out:
+            self.left_out.update(other.left_out)
+            self.named += other.named[: _NAMED - len(self.named)]
+        if other.traps:
+            self.traps.update(other.traps)
         self.damage += other.damage
         self._gaps_mm += other._gaps_mm
+        self._unsettled += other._unsettled
 
     def gap(self, actions: NDArray[np.float64], states: NDArray[np.float64]) -> None:
         """Note how far the commanded motion of one episode lies from the reached one."""
         if len(actions) > 1:
-            apart = states[1:, :3] - states[:-1, :3] - actions[:-1, :3]
-            gaps = np.sqrt(np.einsum("ij,ij->i", apart, apart)).tolist()
-            self._gaps_mm.append(round(median(gaps) * 1000, 3))
+            self._unsettled.append((actions, states))
+            if len(self._unsettled) >= _SETTLED_AT:
+                self.settle()
+
+    def plain(self) -> dict[str, Any]:
+        """Return the fields as JSON values, for a report elsewhere to be made of."""
+        self.settle()
+        return {name: value for name, value in vars(self).items() if name != "_unsettled"}
+
+    def settle(self) -> None:
+        """Work out the gaps of the episodes noted, many at once: for a single one numpy's calls take the time."""
+        if not self._unsettled:
+            return
+        actions = np.concatenate([one for one, _ in self._unsettled])
+        states = np.concatenate([one for _, one in self._unsettled])
+        apart = states[1:, :3] - states[:-1, :3] - actions[:-1, :3]
+        gaps = np.sqrt(np.einsum("ij,ij->i", apart, apart)).tolist()
+        begin = 0
+        for one, _ in self._unsettled:
+            end = begin + len(one)
+            self._gaps_mm.append(round(median(gaps[begin : end - 1]) * 1000, 3))
+            begin = end
+        self._unsettled.clear()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; the gap is the median over episodes of each one's median step."""
+        self.settle()
         gap = round(float(np.median(self._gaps_mm)), 2) if self._gaps_mm else None
         return {
             "records": self.records,
@@ -91,7 +118,10 @@ class IntakeReport:
 
 @dataclass(frozen=True)
 class RawEpisode:
-    """An episode as a source logged it, before the traps: fields as in `Episode`, gripper not yet binary."""
+    """An episode as a source logged it, before the traps: fields as in `Episode`, gripper not yet binary.
+
+    What it holds is nobody else's: the `Episode` keeps it.
+    """
 
     key: str
     instruction: str
@@ -115,32 +145,36 @@ def take_in(raw: RawEpisode, options: IntakeOptions, report: IntakeReport) -> Ep
     if not instruction and not options.keep_unlabelled:
         report.leave_out(raw.key, NO_INSTRUCTION)
         return None
-    length = len(raw.actions)
     trouble = _trouble(raw)
     if trouble:
         report.leave_out(raw.key, *trouble)
         return None
-    facts = dict(raw.facts)
-    if not raw.actions[-1].any():
-        length -= 1
+    facts = raw.facts
+    rows: list[list[float]] = raw.actions.tolist()  # few and short: quicker than numpy
+    if not any(rows[-1]):
+        rows.pop()
         report.traps["zero_last_row_dropped"] += 1
         facts["zero_last_row_dropped"] = True
-    if not length:
+    if not rows:
         report.leave_out(raw.key, "no row left")
         return None
-    actions, states = raw.actions[:length].copy(), raw.states[:length].copy()
-    if not actions[0, :6].any():
+    length = len(rows)
+    actions, states = raw.actions[:length], raw.states[:length]
+    if not any(rows[0][:6]):
         report.traps["first_action_zero"] += 1
         facts["first_action_zero"] = True
-    between = (actions[:, 6] >= 0.05) & (actions[:, 6] <= 0.95)
-    if between.any():
-        report.traps["gripper_between"] += 1
-    actions[:, 6] = binary_gripper(actions[:, 6])
+    logged = [row[6] for row in rows]
+    gripper = reached_next(logged)
+    if gripper != logged:
+        actions[:, 6] = gripper
+        if any(0.05 <= value <= 0.95 for value in logged):
+            report.traps["gripper_between"] += 1
     report.gap(actions, states)
     if options.actions == "reached":
         actions = reached_actions(actions, raw.states)
     facts["actions"] = options.actions
-    return Episode(raw.key, instruction, raw.source, raw.images[:length], actions, states, raw.first_step, facts)
+    images = raw.images if len(raw.images) == length else raw.images[:length]
+    return Episode(raw.key, instruction, raw.source, images, actions, states, raw.first_step, facts)
 
 
 def reached_actions(actions: NDArray[np.float64], states: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -167,10 +201,11 @@ def _trouble(raw: RawEpisode) -> tuple[str, str] | None:
         return "wrong shape", f"actions {raw.actions.shape}, states {raw.states.shape}; expected [T, 7] each"
     if len(raw.states) not in (steps, steps + 1) or len(raw.images) != steps:
         return "lengths differ", f"{steps} actions, {len(raw.states)} states, {len(raw.images)} images"
-    if not (all_finite(raw.actions) and all_finite(raw.states)):
+    if not all_finite(raw.actions, raw.states[:steps]) or not np.isfinite(raw.states[-1]).all():
         return "not finite", "an action or state is infinite or not a number"
-    if not all(image.startswith((b"\xff\xd8", b"\x89PNG")) for image in raw.images):
-        return "not an image", "a frame is neither JPEG nor PNG"
+    for image in raw.images:
+        if not image.startswith(_PICTURES):
+            return "not an image", "a frame is neither JPEG nor PNG"
     return None
 
 

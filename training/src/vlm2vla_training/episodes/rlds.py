@@ -17,8 +17,8 @@ from typing import Any
 from vlm2vla_schema.errors import ImageError
 from vlm2vla_schema.images import decode_image
 from vlm2vla_training.episodes.base import Episode
-from vlm2vla_training.episodes.intake import IntakeOptions, IntakeReport, RawEpisode, rows_of, take_in
-from vlm2vla_training.episodes.tfexample import Example
+from vlm2vla_training.episodes.intake import IntakeOptions, IntakeReport, RawEpisode, take_in
+from vlm2vla_training.episodes.tfexample import Example, Layout
 from vlm2vla_training.episodes.tfrecord import Damage, Record, read_records, record_at, shards_of
 from vlm2vla_training.errors import DataError
 from vlm2vla_training.jsonio import read_json
@@ -45,6 +45,17 @@ class Met:
     report: IntakeReport
 
 
+@dataclass
+class _Shard:
+    """What is the same for every record of a shard, and the layout of the record before."""
+
+    source: str
+    split: str | None
+    name: str
+    layout: Layout = ()
+    metadata: tuple[tuple[str, str], ...] = ()  # names of the wanted features, long and short
+
+
 class RldsSource:
     """Every episode of the TFRecord shards below a folder; an EpisodeSource. `report` fills while reading."""
 
@@ -62,6 +73,7 @@ class RldsSource:
             raise DataError(f"{root} holds no *.tfrecord* file; expected an RLDS dataset, shards and dataset_info.json")
         self._infos = {folder: _info(folder) for folder in {shard.parent for shard in self.shards}}
         self._seen: set[str] = set()
+        self._described: dict[Path, _Shard] = {}
 
     def count(self) -> int:
         """Return how many episodes dataset_info.json promises; 0 when it says nothing."""
@@ -71,17 +83,24 @@ class RldsSource:
         """Yield the episodes whose key is not in `skip`, one at a time; damage is reported, not raised."""
         self.report_missing_shards()
         for shard in self.shards:
-            for met in self.meet(shard, self.report.damage):
-                if self.admit(shard, met) and met.episode is not None and met.episode.key not in skip:
-                    yield met.episode
+            described = self._describe(shard)
+            for record in self._records(shard, self.report.damage):
+                episode = self._meet(described, record, self.report, self._seen).episode
+                if episode is not None and episode.key not in skip:
+                    yield episode
 
     def meet(self, shard: Path, damage: list[dict[str, Any]]) -> Iterator[Met]:
         """Yield every whole record of a shard, each by itself; what is damaged is appended to `damage`."""
+        described = self._describe(shard)
+        for record in self._records(shard, damage):
+            yield self._meet(described, record, IntakeReport(), set())
+
+    def _records(self, shard: Path, damage: list[dict[str, Any]]) -> Iterator[Record]:
         count = 0
         found: list[Damage] = []
         for record in read_records(shard, found.append):
             count += 1
-            yield self._meet(shard, record)
+            yield record
         promised = self._promised(shard)
         if promised is not None and count != promised and not found:
             what = f"{count} records; dataset_info.json promises {promised}"
@@ -89,11 +108,10 @@ class RldsSource:
         damage += map(asdict, found)
 
     def admit(self, shard: Path, met: Met) -> bool:
-        """Report a record, in the order of reading; False when its key was met before."""
+        """Report a record that was met by itself, in the order of reading; False when its key was met before."""
         if met.key is not None and met.key in self._seen:
             self.report.records += 1
-            place = f"{shard.name} record {met.number}, offset {met.offset}"
-            self.report.leave_out(met.key, "key met twice", place)
+            _leave_out_twin(self.report, met.key, shard.name, met.number, met.offset)
             return False
         if met.key is not None:
             self._seen.add(met.key)
@@ -106,70 +124,81 @@ class RldsSource:
         Raises:
             DataError: it is not there any more.
         """
-        met = self._meet(shard, record_at(shard, number, offset))
+        met = self._meet(self._describe(shard), record_at(shard, number, offset), IntakeReport(), set())
         if met.episode is None:
             raise DataError(f"{shard} record {number}: the episode that was here is gone; the file has been changed")
         return met.episode
 
-    def _meet(self, shard: Path, record: Record) -> Met:
-        report = IntakeReport(records=1)
+    def _meet(self, shard: _Shard, record: Record, report: IntakeReport, seen: set[str]) -> Met:
+        """Make an episode of a record and report it; one whose key is in `seen` is left out, else its key goes there."""
+        report.records += 1
+        number, offset = record.number, record.offset
+        raw: RawEpisode | None = None
+        traps: list[str] = []
         try:
-            raw = self._raw(shard, record, report)
+            raw = self._raw(shard, record, report, traps)
         except (DataError, ImageError) as error:
-            place = f"{shard.name} record {record.number}"
-            report.leave_out(place, "unreadable record", f"offset {record.offset}: {error}")
-            return Met(record.number, record.offset, None, None, report)
+            report.leave_out(f"{shard.name} record {number}", "unreadable record", f"offset {offset}: {error}")
+        if raw is not None and raw.key in seen:
+            _leave_out_twin(report, raw.key, shard.name, number, offset)
+            return Met(number, offset, raw.key, None, report)
+        for trap in traps:
+            report.traps[trap] += 1
         if raw is None:
-            return Met(record.number, record.offset, None, None, report)
-        return Met(record.number, record.offset, raw.key, take_in(raw, self._options, report), report)
+            return Met(number, offset, None, None, report)
+        seen.add(raw.key)
+        return Met(number, offset, raw.key, take_in(raw, self._options, report), report)
 
-    def _raw(self, shard: Path, record: Record, report: IntakeReport) -> RawEpisode | None:
-        example = Example(record.data)
+    def _raw(self, shard: _Shard, record: Record, report: IntakeReport, traps: list[str]) -> RawEpisode | None:
+        """What the record holds; None when its camera is missing, which is reported. Traps met are appended."""
+        example = Example(record.data, shard.layout)
+        if example.layout is not shard.layout:
+            shard.layout, shard.metadata = example.layout, _metadata_names(example)
         if "steps/action/world_vector" in example:
             raise DataError(_OLD_SUBSET)
-        source = self._source(shard)
-        metadata = _metadata(example)
-        path = _BUILD_ROOT.sub("", str(metadata.get("file_path", "")))
+        metadata = _metadata(example, shard.metadata)
+        path = _BUILD_ROOT.sub("", metadata.get("file_path", ""))
         # episode_id alone restarts in every file: the pair is unique.
         number = metadata.get("episode_id", record.number)
-        key = f"{source}/{path or shard.name}#{number}"
+        key = f"{shard.source}/{path or shard.name}#{number}"
         images = example.bytes_list(f"steps/observation/{self._camera}")
-        if self._camera_missing(metadata, images, report):
+        if self._camera_missing(metadata, images, traps):
             report.leave_out(key, f"no camera {self._camera}")
             return None
-        match = _SHARD_NAME.match(shard.name)
-        facts = {**metadata, "split": match["split"] if match else None, "camera": self._camera}
+        metadata["split"], metadata["camera"] = shard.split, self._camera
         return RawEpisode(
             key,
-            _instruction(example, metadata, report),
-            source,
+            _instruction(example, metadata, traps),
+            shard.source,
             images,
-            rows_of(example.floats("steps/action"), 7, "steps/action"),
-            rows_of(example.floats("steps/observation/state"), 7, "steps/observation/state"),
+            example.rows("steps/action", 7),
+            example.rows("steps/observation/state", 7),
             0,
-            facts,
+            metadata,
         )
 
-    def _camera_missing(self, metadata: dict[str, Any], images: list[bytes], report: IntakeReport) -> bool:
+    def _camera_missing(self, metadata: dict[str, Any], images: list[bytes], traps: list[str]) -> bool:
         """A missing camera is not absent but black; `has_image_k` says which are there.
 
         Episodes of Bridge's first version carry false for every camera, those with pictures included: flags that are
         all false say nothing, and the first frame decides.
         """
-        flags = [value for name, value in metadata.items() if name.startswith("has_image_")]
-        if any(flags):
+        flags = [name for name in metadata if name.startswith("has_image_")]
+        if any(map(metadata.get, flags)):
             return not metadata.get(f"has_{self._camera}", 1)
         if flags:
-            report.traps["camera_flags_all_false"] += 1
+            traps.append("camera_flags_all_false")
         # Black frames are all the same bytes: only such are worth decoding.
         return bool(images) and images[0] == images[-1] and not decode_image(images[0]).any()
 
-    def _source(self, shard: Path) -> str:
-        name = str(self._infos[shard.parent].get("name", ""))
-        if not name:
+    def _describe(self, shard: Path) -> _Shard:
+        described = self._described.get(shard)
+        if described is None:
             match = _SHARD_NAME.match(shard.name)
-            name = match["name"] if match else "rlds"
-        return "bridge" if name == "bridge_dataset" else name
+            name = str(self._infos[shard.parent].get("name", "")) or (match["name"] if match else "rlds")
+            source = "bridge" if name == "bridge_dataset" else name
+            described = self._described[shard] = _Shard(source, match["split"] if match else None, shard.name)
+        return described
 
     def _promised(self, shard: Path) -> int | None:
         match = _SHARD_NAME.match(shard.name)
@@ -192,6 +221,10 @@ class RldsSource:
                 self.report.traps[f"shards_missing of {name}-{split}"] += missing
 
 
+def _leave_out_twin(report: IntakeReport, key: str, shard: str, number: int, offset: int) -> None:
+    report.leave_out(key, "key met twice", f"{shard} record {number}, offset {offset}")
+
+
 def _info(folder: Path) -> dict[str, Any]:
     path = folder / "dataset_info.json"
     info = read_json(path) if path.exists() else {}
@@ -202,7 +235,7 @@ def _info(folder: Path) -> dict[str, Any]:
     return info
 
 
-def _instruction(example: Example, metadata: dict[str, Any], report: IntakeReport) -> str:
+def _instruction(example: Example, metadata: dict[str, Any], traps: list[str]) -> str:
     name = "steps/language_instruction"
     if name not in example or not metadata.get("has_language", 1):
         return ""
@@ -211,21 +244,23 @@ def _instruction(example: Example, metadata: dict[str, Any], report: IntakeRepor
         return texts[0].decode("utf-8", "replace").strip()
     found = Counter(text.decode("utf-8", "replace").strip() for text in texts)
     if len(found) > 1:
-        report.traps["instruction_varies"] += 1
+        traps.append("instruction_varies")
     return next((text for text, _ in found.most_common() if text), "")
 
 
-def _metadata(example: Example) -> dict[str, Any]:
+def _metadata_names(example: Example) -> tuple[tuple[str, str], ...]:
+    prefix = "episode_metadata/"
+    names = [(name, name.removeprefix(prefix)) for name in example.names() if name.startswith(prefix)]
+    return tuple(one for one in names if one[1] in ("file_path", "episode_id") or one[1].startswith("has_"))
+
+
+def _metadata(example: Example, names: tuple[tuple[str, str], ...]) -> dict[str, Any]:
     """episode_metadata as JSON values: texts and whole numbers, one each."""
     values: dict[str, Any] = {}
-    prefix = "episode_metadata/"
-    for name in example.names():
-        if name.startswith(prefix):
-            short = name.removeprefix(prefix)
-            if short == "file_path":
-                texts = example.bytes_list(name)
-                values[short] = texts[0].decode("utf-8", "replace") if texts else ""
-            elif short == "episode_id" or short.startswith("has_"):
-                numbers = example.integers(name)
-                values[short] = numbers[0] if numbers else 0
+    for name, short in names:
+        if short == "file_path":
+            texts = example.bytes_list(name)
+            values[short] = texts[0].decode("utf-8", "replace") if texts else ""
+        else:
+            values[short] = (example.integers(name) or (0,))[0]
     return values

@@ -21,6 +21,7 @@ _TAG_OF_BYTES = 1 << 3 | _BYTES
 # A feature of some kind is at least this long with its own length: that, the kind, the list's length.
 _SHORTEST = 3
 _UNSEEN = 0
+_FLOAT = np.dtype("<f4")
 _TAG_OF_FEATURE = bytes([2 << 3 | _BYTES])
 
 # What the entries of a record begin with behind their lengths, in order, how long that is, and the feature's name.
@@ -90,17 +91,30 @@ class Example:
         Raises:
             DataError: as for `bytes_list`.
         """
-        data = self._data
         begin, end = self._place(name, 2)
-        length, first = _varint(data, begin + 1, end) if end - begin > 1 else (0, 0)
-        if first + length == end and data[begin] == _TAG_OF_BYTES and not length % 4:
-            return np.frombuffer(data, "<f4", length // 4, first)
-        found = [np.frombuffer(value, dtype="<f4") for value in _packed(data[begin:end], _FIXED32)]
+        found = [np.frombuffer(value, _FLOAT) for value in _packed(self._data[begin:end], _FIXED32)]
         if len(found) == 1:
             return found[0]
         return np.concatenate(found) if found else np.zeros(0, np.float32)
 
-    def integers(self, name: str) -> list[int]:
+    def rows(self, name: str, width: int) -> NDArray[np.float64]:
+        """Return the numbers of a float feature as [T, width], the caller's own.
+
+        Raises:
+            DataError: as for `bytes_list`, or they are not whole rows.
+        """
+        data = self._data
+        begin, end = self._place(name, 2)
+        length, first = _varint(data, begin + 1, end) if end - begin > 1 else (0, 0)
+        count, rest = divmod(length, _FLOAT.itemsize * width)
+        if first + length == end and data[begin] == _TAG_OF_BYTES and not rest:
+            return np.ndarray((count, width), _FLOAT, data, first).astype(np.float64)
+        floats = self.floats(name)
+        if len(floats) % width:
+            raise DataError(f"{name}: {len(floats)} values; expected rows of {width} numbers")
+        return floats.reshape(-1, width).astype(np.float64)
+
+    def integers(self, name: str) -> tuple[int, ...]:
         """Return the numbers of an integer (or boolean) feature.
 
         Raises:
@@ -109,9 +123,9 @@ class Example:
         kind, begin, end = self._features.get(name, (3, 0, 0))
         numbers = _integers_of_feature(self._data[begin:end]) if kind == _UNSEEN else None
         if numbers is not None:
-            return list(numbers)
+            return numbers
         begin, end = self._place(name, 3)
-        return list(_integers(self._data[begin:end]))
+        return _integers(self._data[begin:end])
 
     def _found_by_layout(self) -> bool:
         """Find the features where the layout has them; False when the record has others or another order."""
@@ -122,13 +136,10 @@ class Example:
             if data[0] != _TAG_OF_BYTES or position + length != end:
                 return False
             for head, size, name in self.layout:
-                length, begin = data[position + 1], position + 2
-                if length > 0x7F:
-                    if data[begin] > 0x7F:
-                        length, begin = _varint(data, position + 1, end)
-                    else:
-                        length, begin = length & 0x7F | data[begin] << 7, begin + 1
-                if data[position] != _TAG_OF_BYTES or not startswith(head, begin) or length < size + _SHORTEST:
+                begin = position + 2
+                if (length := data[position + 1]) > 0x7F:
+                    length, begin = _varint(data, position + 1, end)
+                if not startswith(head, begin) or length < size + _SHORTEST or data[position] != _TAG_OF_BYTES:
                     return False
                 position = begin + length
                 features[name] = _UNSEEN, begin + size, position
@@ -256,8 +267,14 @@ def _fields(data: bytes, position: int, limit: int) -> Iterator[tuple[int, int, 
 
 def _varint(data: bytes, position: int, limit: int) -> tuple[int, int]:
     """Decode one varint; the number and the position behind it."""
-    if position < limit and (number := data[position]) < 0x80:
-        return number, position + 1
+    if position + 3 <= limit:  # nearly all are this short
+        low, middle, high = data[position : position + 3]
+        if low < 0x80:
+            return low, position + 1
+        if middle < 0x80:
+            return low & 0x7F | middle << 7, position + 2
+        if high < 0x80:
+            return low & 0x7F | (middle & 0x7F) << 7 | high << 14, position + 3
     number = shift = 0
     while position < limit and shift < 70:
         byte = data[position]
