@@ -122,7 +122,7 @@ def _add_ingest(commands: Commands[argparse.ArgumentParser]) -> None:
         "--actions", choices=("commanded", "reached"), default="commanded", help="as logged, or what the poses show"
     )
     command.add_argument("--camera", default=None, help="fixed camera in the source; default image_0 or its like")
-    command.add_argument("--workers", type=int, default=1, help="rlds: processes on this machine")
+    command.add_argument("--workers", type=int, help="rlds: processes on this machine (a core each from 256 MB on)")
     command.add_argument("--ray", metavar="ADDRESS", help="rlds: spread over a Ray cluster that shares both folders")
 
 

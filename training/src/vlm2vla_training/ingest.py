@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import time
@@ -16,6 +17,7 @@ from vlm2vla_training.episodes.lerobot import LeRobotSource
 from vlm2vla_training.episodes.parquet import EpisodeDataset, EpisodeWriter
 from vlm2vla_training.episodes.recordings import RecordingsSource
 from vlm2vla_training.episodes.rlds import RldsSource
+from vlm2vla_training.episodes.tfrecord import shards_of
 from vlm2vla_training.errors import DataError, UsageError
 from vlm2vla_training.ingest_spread import Spread, over_processes, over_ray, write_parts
 from vlm2vla_training.jsonio import read_json, write_json
@@ -24,6 +26,8 @@ from vlm2vla_training.progress import finish, track
 _OPTIONS_FILE = "options.json"
 # So many damaged places are printed; summary.json has all.
 _PRINTED = 20
+# Less is read before the processes have started.
+_SPREAD_FROM_BYTES = 256_000_000
 
 
 def run_ingest(args: argparse.Namespace) -> int:
@@ -73,13 +77,19 @@ def _spread(args: argparse.Namespace) -> Spread | None:
     Raises:
         UsageError: this cannot be spread.
     """
-    if args.workers < 1 or (args.workers > 1 and args.ray):
-        raise UsageError(f"--workers {args.workers}: expected at least 1, and not together with --ray")
-    if args.workers == 1 and args.ray is None:
-        return None
+    workers = args.workers
+    if workers is not None and (workers < 1 or (workers > 1 and args.ray)):
+        raise UsageError(f"--workers {workers}: expected at least 1, and not together with --ray")
     if args.format != "rlds":
-        raise UsageError("--workers and --ray are for rlds; other formats are read by one process")
-    return over_processes(args.workers) if args.ray is None else over_ray(args.ray)
+        if args.ray is not None or (workers or 1) > 1:
+            raise UsageError("--workers and --ray are for rlds; other formats are read by one process")
+        return None
+    if args.ray is not None:
+        return over_ray(args.ray)
+    if workers is None:
+        size = sum(shard.stat().st_size for shard in shards_of(args.input))
+        workers = len(os.sched_getaffinity(0)) if size >= _SPREAD_FROM_BYTES else 1
+    return over_processes(workers) if workers > 1 else None
 
 
 def _open(args: argparse.Namespace) -> tuple[EpisodeSource, IntakeReport | None]:
