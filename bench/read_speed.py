@@ -67,10 +67,11 @@ for episode in source.episodes():
 assert not source.report.damage and not source.report.left_out, source.report
 """
 OURS_ALL_CORES = """
-import glob
+import glob, multiprocessing
 from read_speed import PROCESSES, read_shard
 from vlm2vla_training.ingest_spread import over_processes
 spread = over_processes(PROCESSES)
+multiprocessing.set_forkserver_preload(["vlm2vla_training.ingest_spread", "read_speed"])
 list(spread(len, [""]))  # the process that the others are copied from imports
 # clock
 told = list(map(json.loads, spread(read_shard, sorted(glob.glob(sys.argv[1] + "/*.tfrecord-*")))))
