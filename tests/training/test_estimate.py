@@ -104,6 +104,23 @@ def test_the_papers_model_and_a_data_set_of_the_papers_size(
     assert "GPU hours" in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_batch_mode_costs_what_the_table_says_and_promises_no_hours(
+    episodes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prices = tmp_path / "prices.toml"
+    prices.write_text('["gemini-2.5-flash"]\ninput_usd = 0.3\noutput_usd = 2.5\n')
+    more = ["--base", str(TWIN), "--preset", "twin", "--batch"]
+    command = ["estimate", "--episodes", str(episodes), "--out", str(tmp_path / "none"), *more]
+    assert main(command) == 2 and "--prices" in capsys.readouterr().err
+    assert main([*command, "--prices", str(prices)]) == 2 and "batch_input_usd" in capsys.readouterr().err
+    prices.write_text(prices.read_text() + "batch_input_usd = 0.2\nbatch_output_usd = 1.5\n")
+    annotate = run(tmp_path / "out", episodes, *more, "--prices", str(prices), "--episodes-total", "60000")["annotate"]
+    usd = (annotate["prompt_tokens"] * 0.2 + annotate["output_tokens"] * 1.5) / 1e6
+    assert annotate["usd"] == pytest.approx(usd, 1e-3) and annotate["batch"] and annotate["hours"] is None
+    said = capsys.readouterr().out
+    assert "USD, Batch mode (gemini-2.5-flash" in said and "24 hours" in said
+
+
 def test_a_dry_run_writes_nothing(episodes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     command = ["estimate", "--episodes", str(episodes), "--base", str(TWIN), "--preset", "twin", "--out", str(out)]

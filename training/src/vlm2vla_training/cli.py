@@ -357,6 +357,7 @@ def _add_estimate(commands: Commands[argparse.ArgumentParser]) -> None:
     command.add_argument("--model", default="gemini-2.5-flash", help="that annotates")
     command.add_argument("--prompt-version", choices=("b1-ranges", "b1-paper"), default="b1-ranges")
     command.add_argument("--frames-every", type=int, default=1, help="as for annotate")
+    command.add_argument("--batch", action="store_true", help="at the table's prices for Google's Batch mode")
     command.add_argument("--requests-per-minute", type=int, default=150, help="limit of your Gemini account")
     command.add_argument("--tokens-per-minute", type=int, default=1_000_000, help="limit of your Gemini account")
     command.add_argument("--gpus", type=int, default=4, help="appendix E: one node with 4 A100")

@@ -122,20 +122,27 @@ def _tokens(example: Example, encoder: Encoder | None, image_tokens: int) -> int
 
 
 def annotation_part(dataset: EpisodeDataset, args: argparse.Namespace, total: int) -> dict[str, Any] | None:
-    """Tokens, dollars and hours of annotating with Gemini; None without a price table: rules cost nothing."""
+    """Tokens, dollars and hours of annotating with Gemini; None without a price table: rules cost nothing.
+
+    Hours follow from the account's limits; Batch mode has none, and its hours are Google's to choose: None.
+    """
     if args.prices is None:
+        if args.batch:
+            raise UsageError("--batch is a price of the table: give --prices")
         return None
     settings = RequestSettings(args.model, args.prompt_version, frames_every=args.frames_every)
-    found = estimate_annotation(dataset, list(dataset.steps()), settings, read_price(args.prices, args.model))
+    price = read_price(args.prices, args.model, args.batch)
+    found = estimate_annotation(dataset, list(dataset.steps()), settings, price)
     scale = total / dataset.count()
     minutes = max(total / args.requests_per_minute, found.prompt_tokens * scale / args.tokens_per_minute)
     return {
         "model": args.model,
+        "batch": args.batch,
         "prompt_version": args.prompt_version,
         "prompt_tokens": round(found.prompt_tokens * scale),
         "output_tokens": round(found.output_tokens * scale),
         "usd": round(found.usd * scale, 2),
-        "hours": round(minutes / 60, 2),
+        "hours": None if args.batch else round(minutes / 60, 2),
         "basis": found.basis,
     }
 
@@ -196,6 +203,8 @@ def assumptions(
         found.append(f"{total} episodes like the {dataset.count()} in {args.episodes}")
     if args.prices is not None:
         found.append("one request an episode; one that must be repaired costs about twice as much")
+    if args.batch:
+        found.append("Google says that a job of Batch mode ends within 24 hours, mostly sooner; no rate limit counts")
     return found
 
 
@@ -204,8 +213,9 @@ def lines_of(report: dict[str, Any]) -> list[str]:
     annotate, train, disk = report["annotate"], report["train"], report["disk_gb"]
     lines = [f"{report['episodes']:,} episodes"]
     if annotate is not None:
+        hours = "Batch mode" if annotate["batch"] else f"{annotate['hours']:g} h"
         lines.append(
-            f"annotate  {annotate['usd']:,.2f} USD, {annotate['hours']:g} h ({annotate['model']}, "
+            f"annotate  {annotate['usd']:,.2f} USD, {hours} ({annotate['model']}, "
             f"{annotate['prompt_tokens']:,} tokens in, {annotate['output_tokens']:,} out; {annotate['basis']})"
         )
     tokens = train["tokens_an_example"]
