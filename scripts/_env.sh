@@ -143,7 +143,7 @@ setup_env() {
     # setuptools first: the packages are then built without an isolated environment each.
     pip_install "$venv" setuptools
     local wanted=(-e "$ROOT/shared_schema" -e "$ROOT/twin[sim]" -e "$ROOT/server[transformers,openai,openpi]" -e "$ROOT/client[sim,gemini,openpi]"
-                  -e "$ROOT/training[sim,train,gemini]")
+                  -e "$ROOT/training[sim,train,gemini,video]")
     [ "$level" = dev ] && wanted+=("${DEV_TOOLS[@]}")
     pip_install "$venv" --no-build-isolation "${wanted[@]}"
     # By itself: it asks for numpy below 2, which what the tests use of it does not need.

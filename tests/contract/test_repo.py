@@ -110,7 +110,7 @@ def direct_requirements() -> list[Requirement]:
         table = project(folder)
         listed = list(table.get("dependencies", []))
         for name, extra in dict(table.get("optional-dependencies", {})).items():
-            if name in {"sim", "transformers", "train"}:  # what the tests' environment holds
+            if name in {"sim", "transformers", "train", "video"}:  # what the tests' environment holds
                 listed.extend(extra)
         result.extend(Requirement(text) for text in listed)
     return [one for one in result if not one.name.startswith("vlm2vla")]

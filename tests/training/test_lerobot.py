@@ -14,7 +14,7 @@ from vlm2vla_training.cli import main
 from vlm2vla_training.episodes.intake import IntakeOptions
 from vlm2vla_training.episodes.lerobot import LeRobotSource
 from vlm2vla_training.episodes.parquet import EpisodeDataset
-from vlm2vla_training.errors import DataError, NotBuiltError
+from vlm2vla_training.errors import DataError
 
 CAMERA = "observation.images.front"
 PARTS = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
@@ -105,6 +105,7 @@ def test_frames_may_lie_in_files_inside_the_dataset_only(tmp_path: Path) -> None
     assert source.report.to_json()["left_out"] == {"unreadable episode": 1}
 
 
+VIDEO = {"dtype": "video", "shape": [48, 64, 3]}
 JOINTS = ["waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate", "gripper"]
 
 
@@ -116,7 +117,7 @@ JOINTS = ["waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_ro
         ({"features": {"action": {"dtype": "float32", "shape": [7]}}}, DataError, "named so"),
         ({"features": {"action": {"dtype": "float32", "shape": [6], "names": PARTS[:6]}}}, DataError, "7 values"),
         ({"features": {"observation.state": {"shape": [3]}}}, DataError, "expected 7 values"),
-        ({"features": {CAMERA: {"dtype": "video", "shape": [48, 64, 3]}}}, NotBuiltError, "video"),
+        ({"fps": 0, "features": {CAMERA: VIDEO}}, DataError, "fps 0"),
     ],
 )
 def test_what_cannot_be_read_says_why(

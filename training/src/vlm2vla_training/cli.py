@@ -10,12 +10,12 @@ from pathlib import Path
 
 from vlm2vla_schema.embodiments import EMBODIMENTS
 from vlm2vla_schema.errors import VLM2VLAError
-from vlm2vla_training.errors import MissingExtraError, NotBuiltError, UsageError
+from vlm2vla_training.errors import MissingExtraError, UsageError
 
 # Optional module -> the extra that brings it.
 _EXTRAS = {"mujoco": "sim", "torch": "train", "transformers": "train", "trl": "train", "peft": "train",
            "matplotlib": "train", "scipy": "train", "compressed_tensors": "train", "httpx": "sim", "google": "gemini",
-           "pyrate_limiter": "gemini", "tenacity": "gemini", "ray": "ray"}  # fmt: skip
+           "pyrate_limiter": "gemini", "tenacity": "gemini", "ray": "ray", "av": "video"}  # fmt: skip
 # Those of sft.py, which needs torch to be imported; a test compares.
 _PRESETS = ("twin", "paper", "servable", "at", "nr", "qwen", "full_finetune", "qlora")
 _SCOPES = ("language_model", "paper", "all_linear")
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return _dispatch(args)
-    except (UsageError, NotBuiltError, MissingExtraError) as error:
+    except (UsageError, MissingExtraError) as error:
         print(f"vlm2vla-train {args.command}: {error}", file=sys.stderr)
         return 2
     except VLM2VLAError as error:

@@ -17,9 +17,5 @@ class DataError(TrainingError):
     """A dataset on disk is not what its format says: missing file, wrong width, broken row."""
 
 
-class NotBuiltError(TrainingError):
-    """The command or option is planned but not built yet; the command exits 2."""
-
-
 class MissingExtraError(TrainingError):
     """An optional dependency is missing; the message names the extra to install."""

@@ -1,4 +1,5 @@
-"""LeRobot datasets, version 3, as episodes; files only, lerobot itself is not needed. Frames must be stored as images.
+"""LeRobot datasets, version 3, as episodes; files only, lerobot itself is not needed. Frames are stored as images or as
+video (`lerobot_video`).
 
 Layout: meta/info.json, meta/tasks.parquet (texts by task_index), data/chunk-000/file-000.parquet with one row a frame,
 many episodes a file. Source: https://huggingface.co/docs/lerobot/lerobot-dataset-v3 .
@@ -7,6 +8,7 @@ many episodes a file. Source: https://huggingface.co/docs/lerobot/lerobot-datase
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from numpy.typing import NDArray
 
 from vlm2vla_training.episodes.base import Episode
 from vlm2vla_training.episodes.intake import IntakeOptions, IntakeReport, RawEpisode, rows_of, take_in
-from vlm2vla_training.errors import DataError, NotBuiltError
+from vlm2vla_training.episodes.lerobot_video import VideoFrames
+from vlm2vla_training.errors import DataError
 from vlm2vla_training.jsonio import read_json
 
 _ACTION, _STATE = "action", "observation.state"
@@ -32,7 +35,7 @@ class LeRobotSource:
 
         Raises:
             DataError: another version, or actions that are not end-effector motions.
-            NotBuiltError: the camera's frames are stored as video.
+            ModuleNotFoundError: the camera's frames are stored as video and PyAV is not installed (extra `video`).
         """
         self.report = IntakeReport()
         self._root = root
@@ -43,7 +46,8 @@ class LeRobotSource:
             raise DataError(f"{root} has codebase_version {version!r}; expected v3.x (lerobot converts older ones)")
         self._info: dict[str, Any] = info
         features = info.get("features", {})
-        self._camera = _camera(features, options.camera)
+        self._camera, stored = _camera(features, options.camera)
+        self._video = VideoFrames(root, info, self._camera) if stored == "video" else None
         _check_motion(features)
         self._state_columns = _state_columns(features)
         self._name = str(info.get("robot_type") or "lerobot")
@@ -55,23 +59,25 @@ class LeRobotSource:
 
     def episodes(self, skip: frozenset[str] = frozenset()) -> Iterator[Episode]:
         """Yield the episodes whose key is not in `skip`, one in memory at a time."""
-        for number, rows in self._rows_by_episode():
-            self.report.records += 1
-            key = f"lerobot/{self._root.name}/{number}"
-            try:
-                raw = self._raw(key, rows)
-            except DataError as error:
-                self.report.leave_out(key, "unreadable episode", str(error))
-                continue
-            episode = take_in(raw, self._options, self.report)
-            if episode is not None and episode.key not in skip:
-                yield episode
+        with self._video or nullcontext():
+            for number, rows in self._rows_by_episode():
+                self.report.records += 1
+                key = f"lerobot/{self._root.name}/{number}"
+                try:
+                    raw = self._raw(key, number, rows)
+                except DataError as error:
+                    self.report.leave_out(key, "unreadable episode", str(error))
+                    continue
+                episode = take_in(raw, self._options, self.report)
+                if episode is not None and episode.key not in skip:
+                    yield episode
         missing = self.count() - self.report.records
         if missing > 0:
             self.report.traps["episodes_missing"] += missing
 
     def _rows_by_episode(self) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        columns = [self._camera, _ACTION, _STATE, "episode_index", "frame_index", "task_index"]
+        shown = "timestamp" if self._video else self._camera
+        columns = [shown, _ACTION, _STATE, "episode_index", "frame_index", "task_index"]
         rows: list[dict[str, Any]] = []
         for path in sorted((self._root / "data").rglob("*.parquet")):
             with pq.ParquetFile(path) as file:
@@ -87,7 +93,7 @@ class LeRobotSource:
         if rows:
             yield int(rows[0]["episode_index"]), rows
 
-    def _raw(self, key: str, rows: list[dict[str, Any]]) -> RawEpisode:
+    def _raw(self, key: str, number: int, rows: list[dict[str, Any]]) -> RawEpisode:
         numbers = [int(row["frame_index"]) for row in rows]
         if numbers != list(range(numbers[0], numbers[0] + len(rows))):
             raise DataError(f"frame numbers {numbers[:5]}... have gaps; expected one row a frame, in order")
@@ -98,8 +104,13 @@ class LeRobotSource:
         actions = rows_of([row[_ACTION] for row in rows], 7, _ACTION)
         words = self._tasks.get(int(rows[0]["task_index"]), "")
         facts = {"camera": self._camera, "robot_type": self._name, "fps": self._info.get("fps")}
-        images = [self._image(row[self._camera]) for row in rows]
+        images = self._images(number, rows)
         return RawEpisode(key, words, "lerobot", images, actions, states, numbers[0], facts)
+
+    def _images(self, number: int, rows: list[dict[str, Any]]) -> list[bytes]:
+        if self._video is None:
+            return [self._image(row[self._camera]) for row in rows]
+        return self._video.frames(number, [float(row["timestamp"]) for row in rows])
 
     def _image(self, value: Any) -> bytes:
         """Bytes are in the row, or in a file beside the dataset that the row names."""
@@ -112,15 +123,13 @@ class LeRobotSource:
         return path.read_bytes()
 
 
-def _camera(features: dict[str, Any], wanted: str | None) -> str:
-    """The camera asked for, or the first by name."""
+def _camera(features: dict[str, Any], wanted: str | None) -> tuple[str, str]:
+    """The camera asked for, or the first by name; and whether its frames are stored as "image" or "video"."""
     cameras = {name: one.get("dtype") for name, one in features.items() if one.get("dtype") in ("image", "video")}
     name = wanted or next(iter(sorted(cameras)), None)
     if name not in cameras:
         raise DataError(f"camera {wanted!r} is not in the dataset; it has {sorted(cameras)}")
-    if cameras[name] == "video":
-        raise NotBuiltError(f"{name} is stored as video, which is not read yet; store the dataset with images")
-    return str(name)
+    return str(name), str(cameras[name])
 
 
 def _names(feature: dict[str, Any]) -> list[str]:
