@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -57,14 +57,14 @@ def ingest(source: Path, out: Path, *more: str) -> float:
     return round(time.perf_counter() - begun, 1)
 
 
-def on_cluster(source: Path, out: Path) -> tuple[float, int, bool]:
-    """Ingest on two worker nodes; the seconds, how many pieces of work there were, and whether both worked at once."""
+def on_cluster(work: Callable[[str], float]) -> tuple[float, int, bool]:
+    """Run a command on two worker nodes; its seconds, the pieces of work, and whether both nodes worked at once."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": STORE_BYTES})
     try:
         for _ in range(2):
             cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
         cluster.wait_for_nodes()
-        seconds = ingest(source, out, "--ray", cluster.address)
+        seconds = work(cluster.address)
         spans = sorted(
             (one["ts"], one["ts"] + one["dur"]) for one in ray.timeline() if one["cat"].startswith("task::Map")
         )
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         damaged[len(damaged) // 2] ^= 1
         shards_of(source)[3].write_bytes(damaged)
         seconds = {"one process": ingest(source, one)}
-        seconds["two nodes"], pieces, at_once = on_cluster(source, two)
+        seconds["two nodes"], pieces, at_once = on_cluster(lambda address: ingest(source, two, "--ray", address))
         same = contents(one) == contents(two)
         summary = json.loads((one / "summary.json").read_text())
         parts = len(list(one.glob("part-*.parquet")))

@@ -69,7 +69,7 @@ assert not source.report.damage and not source.report.left_out, source.report
 OURS_ALL_CORES = """
 import glob, multiprocessing
 from read_speed import PROCESSES, read_shard
-from vlm2vla_training.ingest_spread import over_processes
+from vlm2vla_training.spread import over_processes
 spread = over_processes(PROCESSES)
 multiprocessing.set_forkserver_preload(["vlm2vla_training.ingest_spread", "read_speed"])
 list(spread(len, [""]))  # the process that the others are copied from imports

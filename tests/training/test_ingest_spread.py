@@ -15,7 +15,8 @@ from vlm2vla_training.cli import main
 from vlm2vla_training.episodes.intake import IntakeOptions
 from vlm2vla_training.episodes.rlds import RldsSource
 from vlm2vla_training.errors import DataError
-from vlm2vla_training.ingest_spread import Work, write_parts
+from vlm2vla_training.ingest_spread import write_parts
+from vlm2vla_training.spread import Work
 
 
 def shards(folder: Path) -> Path:

@@ -189,6 +189,8 @@ def _add_curate(commands: Commands[argparse.ArgumentParser]) -> None:
     command.add_argument("--max-row-translation-m", type=float, default=0.10, help="limit of the parser, metres")
     command.add_argument("--max-rows", type=int, default=32, help="limit of the parser")
     command.add_argument("--seed", type=int, default=0, help="of the sampled negatives and extra starts")
+    command.add_argument("--workers", type=int, default=1, help="processes on this machine")
+    command.add_argument("--ray", metavar="ADDRESS", help="spread over a Ray cluster that shares the folders")
 
 
 def _add_pretrain(commands: Commands[argparse.ArgumentParser]) -> None:

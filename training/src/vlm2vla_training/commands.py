@@ -12,10 +12,12 @@ from vlm2vla_training.annotation.rules import RulesAnnotator
 from vlm2vla_training.curation.dataset import CurateCounts, ExampleWriter, count, curate, write_card
 from vlm2vla_training.curation.decisions import choose, read_decisions
 from vlm2vla_training.curation.examples import ExampleOptions, examples_of
+from vlm2vla_training.curation.spread_parts import curate_parts
 from vlm2vla_training.episodes.parquet import EpisodeDataset
 from vlm2vla_training.errors import TrainingError, UsageError
 from vlm2vla_training.jsonio import JsonlAppender, read_jsonl, sha256_of_files
 from vlm2vla_training.progress import finish, track
+from vlm2vla_training.spread import chosen_spread
 
 
 def run_annotate(args: argparse.Namespace) -> int:
@@ -83,6 +85,7 @@ def _annotator(args: argparse.Namespace) -> Annotator:
 def run_curate(args: argparse.Namespace) -> int:
     """`curate`: episodes + annotations -> training examples."""
     started = time.monotonic()
+    spread = chosen_spread(args)
     options = ExampleOptions(
         variant=args.variant,
         kinds=tuple(args.kinds.split(",")),
@@ -114,13 +117,16 @@ def run_curate(args: argparse.Namespace) -> int:
     counts = CurateCounts()
     for key, kind, detail in choice.left_out:
         counts.leave_out(key, kind, detail)
-    for key in writer.done & annotated.keys():  # what an earlier run wrote belongs into the counts
-        count(counts, key, examples_of(annotated[key], options))
-    todo = len(set(dataset.keys()) - writer.done)
-    episodes = dataset.episodes(frozenset(writer.done))
     out = frozenset(key for key, _, _ in choice.left_out)
-    for _ in track(curate(episodes, annotated, writer, options, counts, out), todo - len(out), "curate"):
-        pass
+    if spread is not None:
+        curate_parts(args.episodes, annotated, args.out, options, args.image_size, counts, out, spread)
+    else:
+        for key in writer.done & annotated.keys():  # what an earlier run wrote belongs into the counts
+            count(counts, key, examples_of(annotated[key], options))
+        todo = len(set(dataset.keys()) - writer.done)
+        episodes = dataset.episodes(frozenset(writer.done))
+        for _ in track(curate(episodes, annotated, writer, options, counts, out), todo - len(out), "curate"):
+            pass
     summary = {
         **counts.to_json(),
         "options": {**vars(options), "image_size_px": args.image_size},

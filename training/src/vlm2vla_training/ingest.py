@@ -19,9 +19,10 @@ from vlm2vla_training.episodes.recordings import RecordingsSource
 from vlm2vla_training.episodes.rlds import RldsSource
 from vlm2vla_training.episodes.tfrecord import shards_of
 from vlm2vla_training.errors import DataError, UsageError
-from vlm2vla_training.ingest_spread import Spread, over_processes, over_ray, write_parts
+from vlm2vla_training.ingest_spread import write_parts
 from vlm2vla_training.jsonio import read_json, write_json
 from vlm2vla_training.progress import finish, track
+from vlm2vla_training.spread import Spread, chosen_spread, over_processes
 
 _OPTIONS_FILE = "options.json"
 # So many damaged places are printed; summary.json has all.
@@ -77,19 +78,14 @@ def _spread(args: argparse.Namespace) -> Spread | None:
     Raises:
         UsageError: this cannot be spread.
     """
-    workers = args.workers
-    if workers is not None and (workers < 1 or (workers > 1 and args.ray)):
-        raise UsageError(f"--workers {workers}: expected at least 1, and not together with --ray")
     if args.format != "rlds":
-        if args.ray is not None or (workers or 1) > 1:
+        if (args.workers or 1) > 1 or args.ray:
             raise UsageError("--workers and --ray are for rlds; other formats are read by one process")
-        return None
-    if args.ray is not None:
-        return over_ray(args.ray)
-    if workers is None:
+    elif args.workers is None and args.ray is None:
         size = sum(shard.stat().st_size for shard in shards_of(args.input))
-        workers = len(os.sched_getaffinity(0)) if size >= _SPREAD_FROM_BYTES else 1
-    return over_processes(workers) if workers > 1 else None
+        cores = len(os.sched_getaffinity(0))
+        return over_processes(cores) if size >= _SPREAD_FROM_BYTES and cores > 1 else None
+    return chosen_spread(args)
 
 
 def _open(args: argparse.Namespace) -> tuple[EpisodeSource, IntakeReport | None]:

@@ -9,22 +9,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from vlm2vla_training.episodes.intake import IntakeOptions, IntakeReport
 from vlm2vla_training.episodes.parquet import EPISODES_A_PART, keys_of_part, part_path, write_part
 from vlm2vla_training.episodes.rlds import Met, RldsSource
-from vlm2vla_training.errors import DataError, TrainingError
+from vlm2vla_training.errors import DataError
 from vlm2vla_training.progress import track
-
-Work = Callable[[str], str]
-# Does a piece of work for each text, somewhere, and yields the answers in the order of the texts. Only JSON travels.
-Spread = Callable[[Work, Sequence[str]], Iterator[str]]
+from vlm2vla_training.spread import Spread
 
 
 def write_parts(source: RldsSource, root: Path, options: IntakeOptions, out: Path, spread: Spread) -> None:
@@ -100,41 +94,3 @@ def _report(fields: dict[str, Any]) -> IntakeReport:
 
 def _is_there(path: Path, keys: list[str]) -> bool:
     return path.exists() and keys_of_part(path) == keys
-
-
-def over_processes(workers: int) -> Spread:
-    """Spread over processes of this machine; they are copies of one that has read all imports, and start at once."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-
-    def spread(work: Work, texts: Sequence[str]) -> Iterator[str]:
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            yield from pool.map(work, texts)
-
-    return spread
-
-
-def over_ray(address: str) -> Spread:
-    """Spread over a Ray cluster ("auto", "local", "ray://HOST:PORT") with this package installed on every machine.
-
-    Raises:
-        ModuleNotFoundError: Ray is not installed (extra `ray`).
-    """
-    import ray  # an extra; it starts processes of its own when it is used
-    import ray.data
-
-    def spread(work: Work, texts: Sequence[str]) -> Iterator[str]:
-        if not ray.is_initialized():
-            ray.init(address=address)
-        if not texts:
-            return
-        context = ray.data.DataContext.get_current()
-        context.execution_options.preserve_order = True
-        rows = ray.data.from_items([{"text": text} for text in texts], override_num_blocks=len(texts))
-        try:
-            for row in rows.map(lambda row: {"text": work(row["text"])}).iter_rows():
-                yield str(row["text"])
-        except ray.exceptions.RayError as error:
-            raise TrainingError(f"Ray: {error}") from error
-
-    return spread

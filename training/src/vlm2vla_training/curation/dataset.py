@@ -37,6 +37,7 @@ SCHEMA = pa.schema(
         ("variant", pa.string()),
     ]
 )
+EPISODES_A_PART = 64
 _DONE_KEY = b"vlm2vla_episodes"
 _OPTIONS_FILE = "options.json"
 # The same frame serves up to a dozen examples: one dictionary page a part keeps it once.
@@ -83,7 +84,7 @@ class ExampleWriter:
         folder: Path,
         options: ExampleOptions,
         image_size_px: int,
-        episodes_per_part: int = 64,
+        episodes_per_part: int = EPISODES_A_PART,
         decisions: dict[str, tuple[str, str]] | None = None,
     ) -> None:
         """Open or create the folder; `decisions` are remembered as part of the options.
@@ -105,15 +106,11 @@ class ExampleWriter:
         if existing.exists() and read_json(existing) != chosen:
             raise UsageError(f"{folder} was curated with other options ({existing}); choose another --out")
         write_json(existing, chosen)
-        self.done = {key for part in _parts(folder) for key in _keys_of(part)}
+        self.done = {key for part in _parts(folder) for key in keys_of_part(part)}
 
     def write(self, episode: Episode, found: EpisodeExamples) -> None:
-        """Queue the examples of one episode; their frames are resized by the schema's one function."""
-        frames = {step: b"" for example in found.examples for step in example.images}
-        for step in frames:
-            frames[step] = prepared_image(episode.images[step - episode.first_step], self._size_px)
-        for example in found.examples:
-            self._rows.append({**_columns(example), "images": [frames[step] for step in example.images]})
+        """Queue the examples of one episode."""
+        self._rows += example_rows(episode, found, self._size_px)
         self._keys.append(episode.key)
         self.done.add(episode.key)
         if len(self._keys) >= self._per_part:
@@ -123,18 +120,37 @@ class ExampleWriter:
         """Write what is queued as one part."""
         if not self._keys:
             return
-        path = self._folder / f"part-{len(_parts(self._folder)):05d}.parquet"
-        schema = SCHEMA.with_metadata({_DONE_KEY: json.dumps(self._keys).encode()})
-        partial = path.with_name(path.name + ".partial")
-        pq.write_table(
-            pa.Table.from_pylist(self._rows, schema=schema),
-            partial,
-            use_dictionary=True,
-            dictionary_pagesize_limit=_DICTIONARY_PAGE_BYTES,
-            compression="zstd",
-        )
-        os.replace(partial, path)
+        # Behind the last one: parts that many write may have gaps between them.
+        number = max((int(path.stem.removeprefix("part-")) for path in _parts(self._folder)), default=-1) + 1
+        write_part(part_path(self._folder, number), self._rows, self._keys)
         self._rows, self._keys = [], []
+
+
+def example_rows(episode: Episode, found: EpisodeExamples, size_px: int) -> list[dict[str, Any]]:
+    """The rows of one episode's examples; their frames are resized by the schema's one function."""
+    frames = {step: b"" for example in found.examples for step in example.images}
+    for step in frames:
+        frames[step] = prepared_image(episode.images[step - episode.first_step], size_px)
+    return [{**_columns(example), "images": [frames[step] for step in example.images]} for example in found.examples]
+
+
+def part_path(folder: Path, number: int) -> Path:
+    """Where a part lies."""
+    return folder / f"part-{number:05d}.parquet"
+
+
+def write_part(path: Path, rows: list[dict[str, Any]], keys: list[str]) -> None:
+    """Write the examples of the episodes `keys`, whole or not at all."""
+    schema = SCHEMA.with_metadata({_DONE_KEY: json.dumps(keys).encode()})
+    partial = path.with_name(path.name + ".partial")
+    pq.write_table(
+        pa.Table.from_pylist(rows, schema=schema),
+        partial,
+        use_dictionary=True,
+        dictionary_pagesize_limit=_DICTIONARY_PAGE_BYTES,
+        compression="zstd",
+    )
+    os.replace(partial, path)
 
 
 def prepared_image(data: bytes, size_px: int) -> bytes:
@@ -172,13 +188,22 @@ def curate(
         if annotation is None:
             counts.dropped["episode without annotation"] += 1
             continue
-        if annotation.steps and annotation.steps[-1].last >= episode.first_step + len(episode):
-            raise DataError(f"the annotation of {episode.key} goes beyond the log's last step")
-        found = examples_of(annotation, options)
+        found = examples_in(episode, annotation, options)
         writer.write(episode, found)
         count(counts, episode.key, found)
         yield episode.key
     writer.flush()
+
+
+def examples_in(episode: Episode, annotation: AnnotatedEpisode, options: ExampleOptions) -> EpisodeExamples:
+    """Return the examples of an annotated episode.
+
+    Raises:
+        DataError: the annotation does not fit the episode.
+    """
+    if annotation.steps and annotation.steps[-1].last >= episode.first_step + len(episode):
+        raise DataError(f"the annotation of {episode.key} goes beyond the log's last step")
+    return examples_of(annotation, options)
 
 
 def count(counts: CurateCounts, key: str, found: EpisodeExamples) -> None:
@@ -305,7 +330,8 @@ def _parts(folder: Path) -> list[Path]:
     return sorted(folder.glob("part-*.parquet"))
 
 
-def _keys_of(part: Path) -> list[str]:
+def keys_of_part(part: Path) -> list[str]:
+    """Return the keys of the episodes in a part, in its order."""
     raw = (pq.read_schema(part).metadata or {}).get(_DONE_KEY)
     if raw is None:
         raise DataError(f"{part} was not written by curate: it lacks the metadata '{_DONE_KEY.decode()}'")

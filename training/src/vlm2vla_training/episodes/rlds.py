@@ -130,7 +130,7 @@ class RldsSource:
         return met.episode
 
     def _meet(self, shard: _Shard, record: Record, report: IntakeReport, seen: set[str]) -> Met:
-        """Make an episode of a record and report it; one whose key is in `seen` is left out, else its key goes there."""
+        """Make an episode of a record and report it; one whose key is in `seen` is left out, else its key goes in."""
         report.records += 1
         number, offset = record.number, record.offset
         raw: RawEpisode | None = None

@@ -213,7 +213,7 @@ def _repetitions(data: bytes, begin: int, first_end: int, end: int) -> int:
 
 @lru_cache(maxsize=4096)
 def _integers_of_feature(feature: bytes) -> tuple[int, ...] | None:
-    """Numbers of a whole feature; None when it has to be looked into. Few flags and small numbers come again and again."""
+    """Numbers of a whole feature; None when it has to be looked into. Few flags and small numbers come often."""
     place = _only_list(feature, 0, len(feature))
     return _integers(feature[place[1] :]) if place is not None and place[0] == 3 else None
 
