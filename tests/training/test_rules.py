@@ -84,6 +84,17 @@ def test_an_own_phrase_means_what_it_was_said_to_mean() -> None:
     assert rules.annotate(episode_of(PICK, "pick up the fish")).steps[0].step_description == "Move to Fish"
 
 
+def test_things_named_as_in_a_sentence() -> None:
+    plain, titled = RulesAnnotator(plain_names=True), RulesAnnotator()
+    episode = episode_of(PLACE, "put the carrot on the yellow plate")
+    told = [step.step_description for step in plain.annotate(episode).steps]
+    assert told[0] == "Move to the carrot" and told[3] == "Move the carrot to the yellow plate"
+    assert [step.reasoning for step in plain.annotate(episode).steps] == [
+        step.reasoning for step in titled.annotate(episode).steps
+    ], "the reasons are sentences in both"
+    assert plain.name != titled.name, "an annotation tells how it names things"
+
+
 @pytest.mark.parametrize("given", [["feierabend"], ["=pick up"], ["a=b", "a=c"]])
 def test_meanings_that_are_none_are_refused(given: list[str]) -> None:
     assert meanings(["a=b", "c = d"]) == {"a": "b", "c": "d"}

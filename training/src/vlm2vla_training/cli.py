@@ -137,6 +137,9 @@ def _add_annotate(commands: Commands[argparse.ArgumentParser]) -> None:
         "--means", action="append", default=[], metavar="TEXT=ENGLISH",
         help="rules: what an instruction in words of your own says in the English that they read; repeatable",
     )  # fmt: skip
+    command.add_argument(
+        "--plain-names", action="store_true", help="rules: 'Move to the carrot' instead of 'Move to Carrot'"
+    )
     gemini = command.add_argument_group("gemini", "key in GEMINI_API_KEY; --prices and --max-usd are required")
     gemini.add_argument("--prices", type=Path, help="TOML: a table a model, input_usd and output_usd a million tokens")
     gemini.add_argument("--max-usd", type=float, help="stop before more could be spent, earlier runs in --out included")

@@ -26,6 +26,8 @@ def run_annotate(args: argparse.Namespace) -> int:
         raise UsageError("--annotated is what --annotator corrections is laid on; other annotators start from the log")
     if args.means and args.annotator != "rules":
         raise UsageError("--means is for --annotator rules; corrections are laid on what rules wrote (--annotated)")
+    if args.plain_names and args.annotator != "rules":
+        raise UsageError("--plain-names is for --annotator rules; the others name things in their own words")
     if args.annotator == "gemini":
         from vlm2vla_training.annotation.gemini_command import run_gemini  # needs the extra gemini
 
@@ -75,7 +77,7 @@ def meanings(given: list[str]) -> dict[str, str]:
 
 def _annotator(args: argparse.Namespace) -> Annotator:
     if args.annotator == "rules":
-        return RulesAnnotator(meanings(args.means))
+        return RulesAnnotator(meanings(args.means), args.plain_names)
     if args.annotated is None:
         return on_annotator(RulesAnnotator())
     under = OnAnnotated(read_annotated(args.annotated))

@@ -75,14 +75,15 @@ class RulesAnnotator:
     """Annotator by rules; see the module text.
 
     `means` says of instructions in words that the rules do not read (another language, a lab's own phrase) what they
-    are in English; case and outer spaces do not count. The episode keeps its own words.
+    are in English; case and outer spaces do not count. The episode keeps its own words. With `plain_names` subtasks
+    name things as a sentence does ("Move to the carrot"), not as a title ("Move to Carrot").
     """
 
-    name = "rules-2"
-
-    def __init__(self, means: Mapping[str, str] | None = None) -> None:
-        """Keep the meanings."""
+    def __init__(self, means: Mapping[str, str] | None = None, plain_names: bool = False) -> None:
+        """Keep the meanings and how things are named."""
         self._means = {_canonical(text): english for text, english in (means or {}).items()}
+        self._plain_names = plain_names
+        self.name = "rules-2-plain" if plain_names else "rules-2"
 
     def annotate(self, episode: Episode) -> AnnotatedEpisode:
         """Split and describe one episode.
@@ -93,6 +94,8 @@ class RulesAnnotator:
         if not len(episode):
             raise DataError(f"episode {episode.key} has no rows")
         goals = parse_instruction(self._means.get(_canonical(episode.instruction), episode.instruction))
+        if self._plain_names:
+            goals = [_plainly(goal) for goal in goals]
         gripper = binary_gripper(episode.actions[:, 6])
         motion = episode.actions[:, :3]
         grasps, notes = _grasps(gripper, motion)
@@ -111,6 +114,12 @@ class RulesAnnotator:
         return AnnotatedEpisode(
             episode.key, episode.instruction, self.name, steps, {**audit_steps(episode, steps), "notes": notes}
         )
+
+
+def _plainly(goal: Goal) -> Goal:
+    """The same goal with its things named as in a sentence."""
+    target = None if goal.target is None else f"the {goal.target.lower()}"
+    return replace(goal, object=f"the {goal.object.lower()}", target=target)
 
 
 def _canonical(text: str) -> str:
@@ -253,6 +262,7 @@ def _step(episode: Episode, piece: _Piece, gripper: NDArray[np.float64]) -> Anno
     rows = np.concatenate([episode.actions[inside, :3], gripper[inside, None]], axis=1)
     before = float(gripper[piece.begin - 1]) if piece.begin else None
     sentence = motion_sentence(rows.tolist(), before)
-    names = {"object": piece.goal.object.lower(), "target": (piece.goal.target or "target").lower()}
+    told = {"object": piece.goal.object, "target": piece.goal.target or "target"}
+    names = {key: name.lower().removeprefix("the ") for key, name in told.items()}
     reasoning = f"{_WHY[piece.kind].format(**names)} {sentence}"
     return step_from_log(episode, piece.title(), reasoning, sentence, piece.begin, piece.end, piece.missed)
