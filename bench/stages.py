@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--adapter", type=Path, required=True)
-    parser.add_argument("--scenes", type=int, default=10, help="a suite")
+    parser.add_argument("--scenes", type=int, default=20, help="a suite; of 20 half have another item above the card")
     parser.add_argument("--seed", type=int, default=FIRST_SEED)
     parser.add_argument("--plain-names", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
