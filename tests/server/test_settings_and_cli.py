@@ -33,9 +33,15 @@ def test_flags_override_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert got.adapters == (("a", Path("/x")), ("b", Path("/y"))) and got.allow_unproven
     assert "'k'" not in repr(got)
     monkeypatch.setenv("VLM2VLA_DRAIN_S", "2.5")
+    monkeypatch.setenv("VLM2VLA_VERIFIER", "b")
+    monkeypatch.setenv("VLM2VLA_VERIFY_THRESHOLD", "0.75")
     monkeypatch.setenv("VLM2VLA_LOG_TEXTS", "1")
     got = read_settings(parser().parse_args(["serve", "--log-format", "text"]))
     assert (got.drain_s, got.log_texts, got.log_format) == (2.5, True, "text")
+    assert (got.verifier, got.verify_threshold) == ("b", 0.75)
+    got = read_settings(parser().parse_args(["serve", "--verifier", "a", "--verify-threshold", "0.9"]))
+    assert (got.verifier, got.verify_threshold) == ("a", 0.9)
+    monkeypatch.delenv("VLM2VLA_VERIFIER")
     got = read_settings(parser().parse_args(["serve", "--adapter", "c=/z", "--engine-option", "dtype=bfloat16"]))
     assert (
         got.adapters == (("c", Path("/z")),) and got.engine_options == (("dtype", "bfloat16"),) and got.engine == "vllm"
@@ -67,6 +73,9 @@ def test_twin_is_short_for_the_embedded_model(tmp_path: Path) -> None:
         {"adapters": (("a b", Path("x")),)},
         {"max_row_translation_m": 0.0},
         {"drain_s": -1.0},
+        {"verifier": "b"},
+        {"verify_threshold": 0.4},
+        {"verify_threshold": 1.0},
         {"log_format": "xml"},
         {"nonsense": 1},
     ],

@@ -215,7 +215,7 @@ def test_answers_carry_the_common_fields() -> None:
         m.SubtasksResponse: {"subtasks": ["a"]},
         m.MotionPlanResponse: {"motion_plan": "up"},
         m.ActionsResponse: {"actions": [[0.0, 0.0, 0.0, 1.0]]},
-        m.VerifyResponse: {"success": False, "confidence": "Low", "reasoning": "no"},
+        m.VerifyResponse: {"success": False, "confidence": "Low", "reasoning": "no", "probability": None},
         m.VqaResponse: {"answer": ""},
     }
     for kind, fields in own.items():

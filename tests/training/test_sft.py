@@ -184,6 +184,15 @@ def test_export_writes_an_artifact_without_paths(base: Path, run: Path, tmp_path
     assert str(run.parent) not in "".join(path.read_text() for path in out.glob("*.json"))
 
 
+def test_what_was_never_trained_to_act_is_no_policy(run: Path, tmp_path: Path) -> None:
+    judge = tmp_path / "run"
+    shutil.copytree(run, judge)
+    summary = json.loads((judge / "summary.json").read_text())
+    (judge / "summary.json").write_text(json.dumps({**summary, "kinds": {"verify": 8}}))
+    assert main(["export", "--run", str(judge), "--out", str(tmp_path / "out"), "--no-references"]) == 0
+    assert not ModelCard.read(tmp_path / "out").policy
+
+
 def test_references_can_be_added_to_an_exported_adapter(
     base: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

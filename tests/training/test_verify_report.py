@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from training_fakes import PICK, PLACE, episode_of
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlm2vla_schema.images import decode_image, to_model_square
+from vlm2vla_schema.types import ModelCard
 from vlm2vla_training.analysis.verify import pairs_of
 from vlm2vla_training.analysis.verify_figures import at_most, curve, figures, halves, reliability
 from vlm2vla_training.annotation.files import read_annotated
@@ -61,6 +63,24 @@ def test_margins_are_the_models_own_and_a_stopped_run_goes_on(
     assert {**again, "seconds": 0} == {**summary, "seconds": 0}
     assert report(data, out, "--no-next-subtask") == 2 and "next_subtask" in capsys.readouterr().err
     assert report(data, tmp_path / "no", "--max-false-success", "1") == 2
+
+
+def test_a_threshold_is_stored_in_the_adapters_card_and_then_served(data: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(BASE.parent / "adapter", adapter)
+    first = ("--adapter", str(adapter), "--max-false-success", "0.1", "--write-threshold")
+    assert report(data, tmp_path / "out", *first) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    asked = [line for line in read_jsonl(tmp_path / "out" / "pairs.jsonl") if line["kind"] == "verify"]
+    found = ModelCard.read(adapter).verify_threshold
+    assert found is not None and found == summary["written_threshold"] and summary["threshold"] == 0.5
+    margin = math.log(found / (1 - found))
+    assert 0 < at_most(asked, 0.1) < margin < at_most(asked, 0.1) + 0.01
+    assert figures(asked, margin)["false_success"] <= 0.1 < figures(asked, 0.0)["false_success"]
+    assert report(data, tmp_path / "again", "--adapter", str(adapter)) == 0
+    served = json.loads((tmp_path / "again" / "summary.json").read_text())
+    assert served["threshold"] == found and served["kinds"]["verify"]["served"] == figures(asked, margin)
+    assert report(data, tmp_path / "no", "--write-threshold") == 2
 
 
 def by_hand(data: Path, line: dict[str, Any]) -> float:

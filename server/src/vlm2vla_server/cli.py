@@ -50,6 +50,8 @@ def _add_flags(command: argparse.ArgumentParser) -> None:
         help="PEFT adapter; repeatable; the first is the default model of requests",
     )
     add("--twin", action="store_true", default=None, help="the small embedded model: models/twin/base and its adapter")
+    add("--verifier", metavar="NAME", help="adapter that answers /verify; default: the first, as everywhere")
+    add("--verify-threshold", type=float, help="probability from which 'done' counts; default: its card's, else 0.5")
     add("--host", help="default: 127.0.0.1; any other needs --api-key")
     add("--port", type=int, help="default: 8000")
     add("--api-key", help="callers send 'Authorization: Bearer KEY'; better set as VLM2VLA_API_KEY")

@@ -73,7 +73,7 @@ async def handle(
         request.scope["vlm2vla.echo_id"] = parsed.request_id
     named = {"caller_request_id": parsed.request_id, "episode_id": parsed.episode_id, "frame_id": parsed.frame_id}
     request.scope[LOG_KEY] |= {name: value for name, value in named.items() if value is not None}
-    request.scope[LOG_KEY]["model"] = service.label(parsed.model)
+    request.scope[LOG_KEY]["model"] = service.label(parsed.model, request.url.path)
     service.require_ready()
     wants_stream = streams and NDJSON in request.headers.get("accept", "").lower()
     work = begin(

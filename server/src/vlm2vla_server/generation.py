@@ -7,6 +7,7 @@ Call; nothing here knows HTTP.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -18,6 +19,7 @@ from pydantic import BaseModel
 from vlm2vla_schema import messages as wire
 from vlm2vla_schema.errors import ImageError
 from vlm2vla_schema.images import decode_to_square, from_base64
+from vlm2vla_server.certainty import EVEN, probability_done
 from vlm2vla_server.errors import InvalidImage, InvalidRequest
 from vlm2vla_server.policy import Clocking, Outcome, RowSink, Sampling, Spent
 from vlm2vla_server.service import Service
@@ -125,17 +127,27 @@ async def cycle(request: wire.CycleRequest, call: Call) -> wire.CycleResponse:
 
 async def verify(request: wire.VerifyRequest, call: Call) -> wire.VerifyResponse:
     """POST /verify (D.5)."""
-    model = call.service.resolve(request.model)
+    model = call.service.resolve(request.model or call.service.verifier)
     _refuse_control_tokens(call.service, request, ("subtask", "next_subtask"))
     images = await model_images(call.service, model, [request.before, request.after])
     sampling = _sampling(request, request.temperature, wire.TEMPERATURE_VERIFY, wire.TOP_P_GREEDY)
     stage = verify_stage(request.subtask, request.next_subtask)
     outcome = await call.service.policy.run(stage, model, images, sampling, call.clocking)
-    verdict = outcome.value
+    verdict, probability = outcome.value, None
+    threshold = call.service.verify_threshold(model.card)
+    if verdict.success and threshold > EVEN:
+        asked_s = time.monotonic()
+        probability = await probability_done(
+            call.service.engine, images, stage.prompt, model.adapter, call.clocking.deadline_s
+        )
+        asked_ms = (time.monotonic() - asked_s) * 1000.0
+        outcome.spent.generate_ms += asked_ms
+        outcome.spent.total_ms += asked_ms
     return wire.VerifyResponse(
-        success=verdict.success,
+        success=verdict.success and (probability is None or probability >= threshold),
         confidence=verdict.confidence,
         reasoning=verdict.reasoning,
+        probability=probability,
         **_common(request, model, outcome),
     )
 

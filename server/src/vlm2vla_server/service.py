@@ -18,6 +18,7 @@ from vlm2vla_schema.prompts import PROMPT_VERSIONS
 from vlm2vla_schema.types import MODEL_CARD_FILE, ModelCard, ModelCardError
 from vlm2vla_server.adapter_proof import Proof, ProofKind, prove, prove_whole, scope_problem
 from vlm2vla_server.admission import Admission, Episodes
+from vlm2vla_server.certainty import EVEN
 from vlm2vla_server.engines.base import Engine, EngineInfo, GenerationRequest, ScoreUnavailable
 from vlm2vla_server.errors import ConfigurationError, EngineFailure, NotReady, ServerError, UnknownModel
 from vlm2vla_server.metrics import Metrics
@@ -48,10 +49,14 @@ class ServedAdapterInfo(AdapterInfo):
 
 
 class ServerInfo(InfoResponse):
-    """GET /info, with readiness. merged: the served model itself, when its card holds references (`export`)."""
+    """GET /info, with readiness. merged: the served model itself, when its card holds references (`export`). verifier:
+    what answers /verify; verify_threshold: the probability from which its "done" counts.
+    """
 
     adapters: list[ServedAdapterInfo]  # type: ignore[assignment]  # answers are frozen, so a narrower list is safe
     merged: ServedAdapterInfo | None = None
+    verifier: str
+    verify_threshold: float
     ready: bool
     reason: str | None = None
     device: str | None = None
@@ -219,9 +224,20 @@ class Service:
         """What a request without `model` asks: the first adapter, or the base when there is none."""
         return self.settings.adapters[0][0] if self.settings.adapters else BASE_MODEL_NAME
 
-    def label(self, name: str | None) -> str:
+    @property
+    def verifier(self) -> str:
+        """What /verify asks when a request names no model."""
+        return self.settings.verifier or self.default_model
+
+    def verify_threshold(self, card: ModelCard | None) -> float:
+        """The probability from which a model's "done" counts: the setting, else its card's, else one half."""
+        of_card = card.verify_threshold if card else None
+        return self.settings.verify_threshold or of_card or EVEN
+
+    def label(self, name: str | None, path: str = "") -> str:
         """The name of a request's model for metrics and logs: one of a closed set, whatever the caller sent."""
-        wanted = self.default_model if name is None else name
+        default = self.verifier if path == "/verify" else self.default_model
+        wanted = default if name is None else name
         return wanted if wanted in self.models else "unknown"
 
     def resolve(self, name: str | None) -> ServedModel:
@@ -265,6 +281,8 @@ class Service:
             image_size=card.image_size if card else 0,
             engine=self.settings.engine,
             versions={**_versions(), **(engine.versions if engine else {})},
+            verifier=self.verifier,
+            verify_threshold=self.verify_threshold(self._cards.get(self.verifier)),
             ready=self.ready,
             reason=self.reason,
             device=f"{engine.device} {engine.dtype}" if engine else None,

@@ -20,6 +20,7 @@ ENGINES = ("vllm", "transformers", "openai")
 BASE_MODEL_NAME = "base"
 TWIN_MODEL = Path("models/twin/base")
 TWIN_ADAPTER = Path("models/twin/adapter")
+_REAL = frozenset({"verify_threshold", "max_row_translation_m", "body_timeout_s", "drain_s"})
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -28,6 +29,8 @@ class Settings:
     """Everything that can be set. Environment name of a field: `VLM2VLA_` and the field in capitals.
 
     max_concurrency: requests being generated or waiting for the engine; one more is answered `overloaded`.
+    verifier: what answers /verify when a request names no model; None: as everywhere, the first adapter.
+    verify_threshold: probability from which its "done" counts; None: what its card says.
     max_body_mb: largest request body, 2**20 bytes each. max_image_pixels: largest decoded picture.
     max_row_translation_m: largest |dx|, |dy|, |dz| of one row. body_timeout_s: longest wait for a request's body.
     drain_s: how long running requests may go on after SIGTERM. log_texts: prompts and raw texts go to the log.
@@ -37,6 +40,8 @@ class Settings:
     engine: str = "vllm"
     model: Path | None = None
     adapters: tuple[tuple[str, Path], ...] = ()
+    verifier: str | None = None
+    verify_threshold: float | None = None
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str | None = field(default=None, repr=False)
@@ -89,6 +94,10 @@ class Settings:
                 raise ConfigurationError("--adapter: the name 'base' is reserved for the untouched model")
         if len(set(names)) != len(names):
             raise ConfigurationError("--adapter: each name may be given once")
+        if self.verifier not in (None, BASE_MODEL_NAME, *names):
+            raise ConfigurationError(f"--verifier {self.verifier!r}: expected the name of an --adapter, or 'base'")
+        if self.verify_threshold is not None and not 0.5 <= self.verify_threshold < 1:
+            raise ConfigurationError("--verify-threshold: expected 0.5 (the model's own word) to below 1")
 
     @property
     def max_body_bytes(self) -> int:
@@ -159,10 +168,10 @@ def _convert(name: str, text: str) -> object:
         return Path(text)
     if name in ("allow_unproven", "log_texts"):
         return _boolean(name, text)
-    if name in ("engine", "host", "api_key", "log_format"):
+    if name in ("engine", "host", "api_key", "log_format", "verifier"):
         return text
     try:
-        return float(text) if name in ("max_row_translation_m", "body_timeout_s", "drain_s") else int(text)
+        return float(text) if name in _REAL else int(text)
     except ValueError:
         raise ConfigurationError(f"VLM2VLA_{name.upper()}: expected a number") from None
 

@@ -206,11 +206,13 @@ class CycleResponse(StageResult):
 
 
 class VerifyResponse(StageResult):
-    """Answer of POST /verify."""
+    """Answer of POST /verify. `probability` of "done", 0 to 1, where the server asks for more than one half and the
+    model said "done"; below what it asks for, `success` is false although `raw_text` says true."""
 
     success: bool
     confidence: Confidence
     reasoning: str
+    probability: float | None = None
 
 
 class VqaResponse(StageResult):

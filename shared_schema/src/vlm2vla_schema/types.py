@@ -91,7 +91,8 @@ class ModelCard(BaseModel):
     """`model_card.json`: what a server must know to prompt, decode and trust a model folder.
 
     Prompt, grammar and parser follow the card. `policy` is true only for a model that was trained to act.
-    `digit_map` is present exactly when `representation` is "tokens" (Table 2).
+    `digit_map` is present exactly when `representation` is "tokens" (Table 2). `verify_threshold` is the probability
+    from which a server takes its word that a subtask is done; None is one half, its own word.
     """
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False, protected_namespaces=())
@@ -107,6 +108,7 @@ class ModelCard(BaseModel):
     image_size: int = Field(gt=0, le=4096)
     prompt_versions: dict[str, str] = Field(default_factory=dict)
     policy: bool = False
+    verify_threshold: float | None = Field(default=None, ge=0.5, lt=1)
     reference_logprobs: list[ReferenceLogprobs] | None = None
     data_hash: str | None = None
     training: dict[str, Any] = Field(default_factory=dict)

@@ -320,6 +320,9 @@ def _add_verify_report(commands: Commands[argparse.ArgumentParser]) -> None:
     command.add_argument("--seed", type=int, default=0, help="of the sampled negatives")
     command.add_argument("--no-next-subtask", action="store_true", help="leave D.5's next subtask out of the prompt")
     command.add_argument("--max-false-success", type=float, default=0.02, help="that a threshold is chosen for")
+    command.add_argument(
+        "--write-threshold", action="store_true", help="store what holds it on all pairs in the adapter's card"
+    )
     command.add_argument("--limit", type=int, default=0, help="at most this many episodes; 0 all")
     command.add_argument("--batch-size", type=int, default=16)
     _add_model(command)

@@ -198,7 +198,7 @@ def model_card(
         stages=stages,
         image_size=base.image_size,
         prompt_versions=dict(PROMPT_VERSIONS),
-        policy=True,
+        policy="actions" in summary["kinds"],
         reference_logprobs=references,
         data_hash=summary["data_hash"],
         training=training,

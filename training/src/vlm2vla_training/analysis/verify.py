@@ -1,17 +1,19 @@
 """`verify-report`: how far a model can be believed when it says that a subtask is done, on held-out pairs of frames.
 
 Pairs and prompts are those of `curate` (kinds `verify`, D.5, and `completion`, B.2). Both answers share their first
-tokens; where they part, the model's probability of "done" against "not done" is read. A server decodes greedily under
-the grammar, so it says "done" above 0.5; what a higher threshold would buy is told too, chosen on one half of the
-episodes and measured on the other.
+tokens; where they part, the model's probability of "done" against "not done" is read. A server says "done" above the
+threshold of the model's card, one half where it has none; what a higher one would buy is told too, chosen on one half
+of the episodes and measured on the other.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,6 +64,8 @@ def run_verify_report(args: argparse.Namespace) -> int:
     card = ModelCard.read(args.adapter or args.base)
     datasets = [EpisodeDataset(folder) for folder in args.episodes]
     annotated = {key: one for path in args.annotated for key, one in choose(read_annotated(path), {}).kept.items()}
+    if args.write_threshold and args.adapter is None:
+        raise UsageError("--write-threshold: expected --adapter, whose card it is for")
     chosen = held_out_keys(list(annotated), args.held_out)[: args.limit or None]
     path = args.out / PAIRS_FILE
     done = {str(line["episode_key"]) for line in read_jsonl(path) if line["last"]} if path.exists() else set()
@@ -93,7 +97,11 @@ def run_verify_report(args: argparse.Namespace) -> int:
     if set(left) - found:
         raise DataError(f"--episodes lacks annotated episodes, for example {min(set(left) - found)}")
     lines = [line for line in read_jsonl(path) if line["episode_key"] in set(chosen)]
-    summary = {**settings, "episodes": len(chosen), "kinds": report(lines, args.max_false_success)}
+    threshold = card.verify_threshold or 0.5
+    kinds = report(lines, args.max_false_success, threshold)
+    summary = {**settings, "episodes": len(chosen), "threshold": threshold, "kinds": kinds}
+    if args.write_threshold:
+        summary["written_threshold"] = _write_threshold(args.adapter, card, lines, args.max_false_success)
     asked = [line for line in lines if line["kind"] == "verify"] or lines
     save(verifier_figure(reliability(asked), asked), args.out, "verify")
     finish("verify-report", args.out, summary, started, summary_line(summary))
@@ -171,19 +179,37 @@ def _parted(model: LoadedModel, pair: Pair) -> tuple[Tokens, tuple[int, int]]:
     return Tokens(one.prompt, one.answer[: place + 1]), (int(one.answer[place]), int(other.answer[place]))
 
 
-def report(lines: Sequence[Mapping[str, Any]], max_false_success: float) -> dict[str, Any]:
-    """Of each kind of example the figures as served, by verb, and at a threshold that keeps false success down."""
+def _write_threshold(
+    adapter: Path, card: ModelCard, lines: Sequence[Mapping[str, Any]], limit: float
+) -> float | None:
+    """Store in the adapter's card the least probability, from one half on, that holds `limit` on all `verify` pairs."""
+    margin = at_most([line for line in lines if line["kind"] == "verify"], limit)
+    above = math.floor(1e4 / (1 + math.exp(-margin)) + 1) / 1e4 if margin > 0 else None
+    if above is not None and above >= 1:
+        raise DataError(f"no threshold below 1 holds {limit:g} of false success on these pairs")
+    card.model_copy(update={"verify_threshold": above}).write(adapter)
+    return above
+
+
+def report(
+    lines: Sequence[Mapping[str, Any]], max_false_success: float, threshold: float = 0.5
+) -> dict[str, Any]:
+    """Of each kind of example the figures as served, by verb, and at a threshold that keeps false success down.
+
+    threshold: the probability from which /verify says "done"; `completion` has none.
+    """
     result: dict[str, Any] = {}
     for kind in KINDS:
         asked = [line for line in lines if line["kind"] == kind]
         if not asked:
             continue
+        served = math.log(threshold / (1 - threshold)) if kind == "verify" else 0.0
         by_verb: dict[str, list[Mapping[str, Any]]] = {}
         for line in asked:
             by_verb.setdefault(str(line["subtask"]).split()[0], []).append(line)
         result[kind] = {
-            "served": figures(asked, 0.0),
-            "by_verb": {verb: figures(by_verb[verb], 0.0) for verb in sorted(by_verb)},
+            "served": figures(asked, served),
+            "by_verb": {verb: figures(by_verb[verb], served) for verb in sorted(by_verb)},
             "calibration": reliability(asked),
             "with_threshold": _with_threshold(asked, max_false_success),
         }
