@@ -37,6 +37,8 @@ from soak_twin_monitor import Seen
 FIRST_SEED = 700_000
 TASKS = ("pick up the carrot", "put the carrot on the yellow plate")
 LATEST_STRIKE_S = 15.0
+CLIENT_START_S = 60.0
+KILLED_WITHIN_S = 3.0  # of the moment its recording begins; the shortest episode lasts longer
 WARM_UP_EPISODES = 5
 MAX_GROWTH_MB = 40.0
 MAX_MORE_FILES = 3
@@ -180,7 +182,12 @@ class Soak:
                    "--realtime", "--json", "--task", line.task, "--seed", str(line.seed), "--record", str(folder)]
         client = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=self.folder)
         try:
-            line.exit_code = client.wait(self.chance.uniform(3.0, 8.0))
+            begin_s = time.monotonic()
+            while not any(folder.glob("*/events.jsonl")) and client.poll() is None:
+                if time.monotonic() - begin_s > CLIENT_START_S:
+                    break
+                time.sleep(0.05)
+            line.exit_code = client.wait(self.chance.uniform(0.0, KILLED_WITHIN_S))
             line.problems.append("the client ended before it could be killed")
         except subprocess.TimeoutExpired:
             client.send_signal(signal.SIGKILL)
