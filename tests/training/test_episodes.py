@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training_fakes import PICK, PLACE, episode_of, flat_image, write_recording
 
-from vlm2vla_training.episodes.base import Episode, binary_gripper
+from vlm2vla_training.episodes.base import Episode, all_finite, binary_gripper
 from vlm2vla_training.episodes.parquet import EpisodeDataset, EpisodeWriter
 from vlm2vla_training.episodes.recordings import RecordingsSource
 from vlm2vla_training.errors import DataError
@@ -100,3 +100,14 @@ def test_jsonl_drops_only_a_torn_last_line(tmp_path: Path) -> None:
     path.write_text("nonsense\n" + json.dumps({"a": 1}) + "\n")
     with pytest.raises(DataError, match="line 1"):
         list(read_jsonl(path))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("other", [0.0, 1.0, -1e300])
+def test_no_value_hides_behind_another_array(bad: float, other: float) -> None:
+    """Zeros, and infinities that cancel, must not make a product finite."""
+    one, two = np.full((2, 7), other), np.zeros((2, 7))
+    assert all_finite(one, two) and all_finite(np.full((2, 7), 1e300), np.full((2, 7), -1e300))
+    two[1, 3] = bad
+    two[0, 3] = -bad
+    assert not all_finite(one, two) and not all_finite(two, one)

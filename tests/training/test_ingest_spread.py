@@ -16,7 +16,7 @@ from vlm2vla_training.episodes.intake import IntakeOptions
 from vlm2vla_training.episodes.rlds import RldsSource
 from vlm2vla_training.errors import DataError
 from vlm2vla_training.ingest_spread import write_parts
-from vlm2vla_training.spread import Work
+from vlm2vla_training.spread import Spread, Work, over_processes
 
 
 def shards(folder: Path) -> Path:
@@ -54,6 +54,24 @@ def test_two_processes_write_the_same_bytes_as_one(tmp_path: Path) -> None:
     assert one == two and one["left_out"] == {"key met twice": 2, "no instruction": 3} and len(one["damage"]) == 1
     assert one["episodes"] == 45 - 1 - 2 - 3 and one["traps"]["zero_last_row_dropped"] == 1
     assert content(tmp_path / "one") == content(tmp_path / "two") and "part-00002.parquet" in content(tmp_path / "two")
+
+
+def test_much_data_is_read_by_every_core_without_being_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = shards(tmp_path / "source")
+    ingest(source, tmp_path / "one")
+    asked: list[int] = []
+
+    def counted(workers: int) -> Spread:
+        asked.append(workers)
+        return over_processes(2)
+
+    monkeypatch.setattr("vlm2vla_training.ingest.over_processes", counted)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
+    ingest(source, tmp_path / "little")
+    assert not asked, "starting the processes would take longer"
+    monkeypatch.setattr("vlm2vla_training.ingest._SPREAD_FROM_BYTES", 1)
+    ingest(source, tmp_path / "much")
+    assert asked == [3] and content(tmp_path / "one") == content(tmp_path / "much")
 
 
 class Here:

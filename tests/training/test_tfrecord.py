@@ -91,6 +91,65 @@ def test_examples_round_trip(texts: list[bytes], numbers: list[float], whole: li
     assert np.array_equal(read.floats("floats"), floats)
 
 
+_FEATURES = st.dictionaries(
+    st.sampled_from(["a", "b", "steps/long/name", "d"]),
+    st.one_of(
+        st.lists(st.binary(max_size=300), min_size=1, max_size=4),
+        st.lists(st.integers(0, 1 << 40), min_size=1, max_size=40),
+        st.lists(st.floats(width=32, allow_nan=False), max_size=40).map(lambda one: np.array(one, np.float32)),
+    ),
+)
+
+
+@given(_FEATURES, _FEATURES, st.booleans())
+def test_what_the_record_before_looked_like_changes_nothing(
+    before: dict[str, Value], features: dict[str, Value], packed: bool
+) -> None:
+    """A layout is only a hint: with one that fits, one that does not and none, a record holds the same."""
+    data = example(features, packed)
+    plain = Example(data)
+    for layout in (plain.layout, Example(example(before)).layout):
+        hinted = Example(data, layout)
+        assert hinted.names() == plain.names() == sorted(features)
+        for name, value in features.items():
+            if isinstance(value, np.ndarray):
+                assert np.array_equal(hinted.floats(name), value)
+                assert np.array_equal(hinted.rows(name, 1), value[:, None].astype(np.float64))
+            elif isinstance(value[0], bytes):
+                assert hinted.bytes_list(name) == value
+            else:
+                assert list(hinted.integers(name)) == value
+
+
+def test_a_layout_is_followed_and_unusual_entries_are_still_read() -> None:
+    first = Example(example({"a": [1], "b": [b"x"]}))
+    second = Example(example({"a": [2, 3], "b": [b"y" * 70_000] * 2}), first.layout)
+    assert second.layout is first.layout and second.integers("a") == (2, 3)
+    assert second.bytes_list("b") == [b"y" * 70_000] * 2
+    # The value before the name, a field behind the value, and a feature of no kind: all as the format allows.
+    turned = message(1, message(2, message(3, message(1, b"\x07"))) + message(1, b"a"))
+    trailing = message(1, message(1, b"b") + message(2, message(1, message(1, b"z"))) + message(9, b"new"))
+    empty = message(1, message(1, b"c") + message(2, b""))
+    odd = Example(message(1, turned + trailing + empty), first.layout)
+    assert odd.integers("a") == (7,) and odd.bytes_list("b") == [b"z"] and "c" not in odd
+    trailed = Example(
+        message(
+            1,
+            message(1, message(1, b"a") + message(2, message(3, message(1, b"\x08"))) + b"\x48\x01")
+            + message(1, message(1, b"b") + message(2, message(1, message(1, b"w")))),
+        ),
+        first.layout,
+    )
+    assert trailed.integers("a") == (8,) and trailed.bytes_list("b") == [b"w"]
+
+
+def test_rows_are_whole() -> None:
+    read = Example(example({"a": np.arange(6, dtype=np.float32)}))
+    assert read.rows("a", 3).tolist() == [[0, 1, 2], [3, 4, 5]] and read.rows("a", 3).flags.writeable
+    with pytest.raises(DataError, match="6 values; expected rows of 4"):
+        read.rows("a", 4)
+
+
 def test_unknown_fields_are_passed_over() -> None:
     extra = varint(9 << 3) + varint(5) + varint(10 << 3 | 1) + bytes(8) + message(11, b"new")
     data = extra + example({"a": [1]}) + extra

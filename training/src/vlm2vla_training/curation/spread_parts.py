@@ -23,7 +23,7 @@ from vlm2vla_training.curation.dataset import (
     write_part,
 )
 from vlm2vla_training.curation.examples import ExampleOptions, examples_of
-from vlm2vla_training.episodes.parquet import EpisodeDataset
+from vlm2vla_training.episodes.parquet import EpisodeDataset, episodes_of_parts
 from vlm2vla_training.errors import DataError
 from vlm2vla_training.progress import track
 from vlm2vla_training.spread import Spread
@@ -45,7 +45,8 @@ def curate_parts(
         DataError: an annotation does not fit its episode, or `out` has parts that these episodes do not give.
     """
     keys = []
-    for key in EpisodeDataset(episodes).steps():
+    places = EpisodeDataset(episodes).places()
+    for key in places:
         if key in annotated:
             count(counts, key, examples_of(annotated[key], options))
             keys.append(key)
@@ -57,7 +58,13 @@ def curate_parts(
     if surplus:
         raise DataError(f"{out} has {len(surplus)} parts that {episodes} does not give; choose another --out")
     left = [
-        json.dumps({"part": number, "annotated": [annotated[key].to_json() for key in part]})
+        json.dumps(
+            {
+                "part": number,
+                "files": list(dict.fromkeys(places[key] for key in part)),
+                "annotated": [annotated[key].to_json() for key in part],
+            }
+        )
         for number, part in enumerate(parts)
         if not _is_there(part_path(out, number), part)
     ]
@@ -70,10 +77,9 @@ def _write(episodes: str, options: ExampleOptions, image_size_px: int, out: str,
     """Write one part; runs anywhere."""
     todo = json.loads(text)
     annotated = {one.episode_key: one for one in map(AnnotatedEpisode.from_json, todo["annotated"])}
-    dataset = EpisodeDataset(Path(episodes))
     rows = [
         row
-        for episode in dataset.episodes(frozenset(dataset.keys()) - annotated.keys())
+        for episode in episodes_of_parts(Path(episodes), todo["files"], annotated.keys())
         for row in example_rows(episode, examples_in(episode, annotated[episode.key], options), image_size_px)
     ]
     write_part(part_path(Path(out), todo["part"]), rows, list(annotated))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -119,6 +119,10 @@ class EpisodeDataset:
         """Return the number of episodes."""
         return len(self._facts)
 
+    def places(self) -> dict[str, str]:
+        """Return the name of the part in which every episode lies, by key, in reading order."""
+        return {key: part.name for part in self.parts for key in keys_of_part(part)}
+
     def steps(self) -> dict[str, int]:
         """Return the number of rows of every episode, by key."""
         return {fact["episode_key"]: int(fact["steps"]) for fact in self._facts}
@@ -134,6 +138,15 @@ class EpisodeDataset:
                 for group, fact in enumerate(_facts_of(file, part)):
                     if fact["episode_key"] not in skip:
                         yield _read_group(file, group, fact, images)
+
+
+def episodes_of_parts(folder: Path, names: Sequence[str], keys: Collection[str]) -> Iterator[Episode]:
+    """Yield the episodes `keys` of some parts of a dataset; no other part is opened."""
+    for name in names:
+        with pq.ParquetFile(folder / name) as file:
+            for group, fact in enumerate(_facts_of(file, folder / name)):
+                if fact["episode_key"] in keys:
+                    yield _read_group(file, group, fact, images=True)
 
 
 def write_part(folder: Path, number: int, episodes: Sequence[Episode]) -> list[dict[str, Any]]:
