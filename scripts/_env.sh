@@ -113,7 +113,7 @@ fingerprint() {
 
 make_venv() {
     local venv="$1" python
-    [ -x "$venv/bin/python" ] && "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && return 0
+    [ -x "$venv/bin/python" ] && "$venv/bin/python" -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && return 0 # whole, if a run was killed
     python="$(find_python)" || exit 2
     say "Making $venv with $("$python" --version)"
     "$python" -m venv --clear "$venv" || die "could not make the virtual environment $venv"
