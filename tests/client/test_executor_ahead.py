@@ -7,6 +7,7 @@ import pytest
 from robot_fakes import FakeArm, ManualClock, limits
 
 from vlm2vla_client import checks
+from vlm2vla_client.errors import RobotError
 from vlm2vla_client.executor import ChunkResult, Executor, Outcome
 from vlm2vla_client.safety import Decision, Reason, RobotState, SafetyContext, filter_row
 from vlm2vla_twin import kinematics
@@ -17,11 +18,12 @@ ROWS = [[0.03, 0.0, 0.0, 1], [0.0, 0.03, -0.02, 1], [-0.01, 0.0, 0.0, 1]]
 
 
 class DisturbedArm(FakeArm):
-    """From a moment on it touches something, or stands a little higher than it was sent."""
+    """From a moment on it touches something, stands a little higher than it was sent, or does not hold any more."""
 
     moment_s = float("inf")
     touched = ""
     pushed_m = 0.0
+    lost = False
 
     def state(self) -> RobotState:
         if self.pushed_m and self._clock.now_s() >= self.moment_s:
@@ -31,6 +33,11 @@ class DisturbedArm(FakeArm):
             assert pushed is not None
             self._from, self._goal, self.pushed_m = pushed, pushed, 0.0
         return super().state()
+
+    def hold(self, reason: str) -> None:
+        if self.lost:
+            raise RobotError("the arm does not answer")
+        super().hold(reason)
 
     def contacts(self) -> frozenset[str]:
         return frozenset({self.touched}) if self.touched and self._clock.now_s() >= self.moment_s else frozenset()
@@ -136,6 +143,15 @@ def test_a_fault_between_two_rows_starts_no_row_and_loses_no_line(monkeypatch: p
     assert result.outcome is Outcome.FAULT and len(bench.arm.holds) == 1
     assert bench.told[-2:] == ["fault", "hold"] and bench.told.count("row") == 1
     assert not any(commanded_s > moment_s for _, _, commanded_s in bench.arm.commands)
+
+
+def test_an_arm_that_does_not_even_hold_loses_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    moment_s = between_two_rows(monkeypatch)
+    bench = Bench(monkeypatch, lost=True)
+    bench.pressed_s = moment_s
+    with pytest.raises(RobotError, match="does not answer"):
+        bench.run()
+    assert bench.told[-1] == "fault" and "hold" not in bench.told
 
 
 @pytest.mark.parametrize("kind", ["arrival", "row", "substep"])

@@ -122,9 +122,13 @@ class Executor:
     def hold(self, reason: str) -> None:
         """Stop here and now; the next row starts from the measured pose. Raises RobotError if even that fails."""
         self._commanded = None
-        # First the arm, then the record of it: a full disk must not keep the arm moving.
-        self._robot.hold(reason)
         self._between_rows = False
+        # First the arm, then the record of it: a full disk must not keep the arm moving.
+        try:
+            self._robot.hold(reason)
+        except BaseException:
+            self._tell()
+            raise
         try:
             self._tell()
         finally:
