@@ -2,7 +2,7 @@
 
     vlm2vla-server serve --twin --port 8000 &
     python bench/edit_recovery.py --server http://localhost:8000 --suite pick_carrot --seed 1001000 --failures 50 \
-        --out bench/results/edit_recovery.json
+        --parallel 4 --out bench/results/edit_recovery.json
 
 Each seed is first run by the policy alone. One that fails (no full score by physics) is run again with an operator
 who, once a trial, gives other words, as `--confirm` takes them. A gripper that should hold the thing and is empty, or
@@ -21,8 +21,12 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +132,12 @@ def request_for(suite_name: str, seed: int, connection: ServerConnection, verifi
 
 
 class Log:
-    """Trials by seed and kind ("alone", "again", "edited"), one synced line each; an interrupted run's are there."""
+    """Trials by seed and kind ("alone", "again", "edited"), one synced line each, from any thread; an interrupted
+    run's are there."""
 
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
         self._path, self.trials = path, dict[tuple[int, str], dict[str, Any]]()
+        self._writing = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         data = path.read_bytes() if path.is_file() else b""
         first, *lines = [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()] or [None]
@@ -154,10 +160,31 @@ class Log:
         return self.trials[seed, kind]
 
     def _append(self, value: dict[str, Any]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
+        with self._writing, self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(value, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def judged(log: Log, request: SimRequest) -> dict[str, Any]:
+    """One seed's trials by kind: alone, and when that failed again and edited."""
+    found = {"alone": log.trial("alone", request)}
+    if not found["alone"]["success"]:
+        found |= {kind: log.trial(kind, request) for kind in ("again", "edited")}
+    return found
+
+
+def in_order(log: Log, requests: Iterator[SimRequest], workers: int) -> Iterator[dict[str, Any]]:
+    """The seeds' trials, one seed after another, while ``workers`` run at once."""
+    with ThreadPoolExecutor(workers, "trial") as pool:
+        ahead = deque(pool.submit(judged, log, next(requests)) for _ in range(workers))
+        try:
+            while ahead:
+                yield ahead.popleft().result()
+                ahead.append(pool.submit(judged, log, next(requests)))
+        finally:
+            for future in ahead:
+                future.cancel()
 
 
 def summary(about: dict[str, Any], seeds: int, failed: list[dict[str, Any]]) -> dict[str, Any]:
@@ -187,6 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--suite", default="pick_carrot", choices=sorted(SUITES))
     parser.add_argument("--seed", type=int, default=1_000_000)
     parser.add_argument("--failures", type=int, default=50)
+    parser.add_argument("--parallel", type=int, default=1, help="seeds at once; changes no trial")
     parser.add_argument("--verifier", default="twin", choices=("twin", "server"))
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(argv)
@@ -198,13 +226,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     log = Log(options.out.with_suffix(".jsonl"), about)
     failed: list[dict[str, Any]] = []
     seeds = saved = 0
-    while len(failed) < options.failures:
-        request = request_for(options.suite, options.seed + seeds, connection, options.verifier)
-        alone, seeds = log.trial("alone", request), seeds + 1
-        if not alone["success"]:
-            failed.append({kind: log.trial(kind, request) for kind in ("alone", "again", "edited")})
-            saved += failed[-1]["edited"]["success"]
+    requests = (request_for(options.suite, seed, connection, options.verifier) for seed in count(options.seed))
+    for found in in_order(log, requests, options.parallel):
+        seeds += 1
+        if not found["alone"]["success"]:
+            failed.append(found)
+            saved += found["edited"]["success"]
         print(f"{seeds} seeds: {len(failed)} failed, {saved} of them saved", file=sys.stderr, flush=True)
+        if len(failed) == options.failures:
+            break
     connection.close()
     figures = summary(about, seeds, failed)
     options.out.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
