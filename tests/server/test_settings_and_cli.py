@@ -51,7 +51,10 @@ def test_flags_override_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_twin_is_short_for_the_embedded_model(tmp_path: Path) -> None:
     got = s.build({"twin": True}, tmp_path)
     assert got.engine == "transformers" and got.model == tmp_path / "models/twin/base"
-    assert got.adapters == (("twin", tmp_path / "models/twin/adapter"),)
+    folders = tmp_path / "models/twin/adapter", tmp_path / "models/twin/verifier"
+    assert (got.adapters, got.verifier) == (tuple(zip(("twin", "verifier"), folders, strict=True)), "verifier")
+    assert s.build({"twin": True, "verifier": "twin"}, tmp_path).verifier == "twin"
+    assert s.build({"twin": True, "adapters": (("mine", tmp_path),)}, tmp_path).verifier is None
     assert s.build({"twin": True, "engine": "vllm"}, tmp_path).engine == "vllm"
     (tmp_path / "models/twin/base").mkdir(parents=True)
     (tmp_path / "deep/down").mkdir(parents=True)

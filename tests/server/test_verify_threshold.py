@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import math
 import time
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import pytest
 from server_fakes import GOOD, FakeEngine, run, serving, with_settings, write_models
 
 from vlm2vla_schema import prompts
+from vlm2vla_schema.images import encode_jpeg
 from vlm2vla_schema.probes import probe_image
 from vlm2vla_schema.types import ModelCard
 from vlm2vla_server.app import create_app
@@ -21,7 +23,7 @@ from vlm2vla_server.engines.base import ScoreRequest, ScoreUnavailable
 from vlm2vla_server.engines.hf_model import ModelOptions
 from vlm2vla_server.engines.transformers_engine import TransformersEngine
 from vlm2vla_server.errors import DeadlineExceeded
-from vlm2vla_server.settings import Settings
+from vlm2vla_server.settings import Settings, build
 
 TWIN = Path(__file__).parents[2] / "models" / "twin"
 NOT_DONE = '{"success": false, "confidence": "High", "reasoning": "It lies there."}'
@@ -109,6 +111,25 @@ def test_another_adapter_may_verify_and_a_named_model_is_still_asked(tmp_path: P
             assert (await caller.post("/cycle", GOOD["/cycle"])).json()["model"] == "twin"
 
     run(work())
+
+
+def test_the_twins_own_verifier_is_proven_judges_and_is_no_policy() -> None:
+    settings = build({"twin": True}, TWIN.parents[1])
+    engine = TransformersEngine(ModelOptions(settings.require_model(), settings.adapters, "cpu", "float32", 1, 4))
+    picture = base64.b64encode(encode_jpeg(probe_image(1, 112))).decode()
+
+    async def work() -> None:
+        async with serving(create_app(settings, engine)) as caller:
+            info = (await caller.get("/info")).json()
+            card = ModelCard.read(TWIN / "verifier")
+            assert info["ready"] and all(one["proof"] == "references" for one in info["adapters"])
+            assert (info["model"], info["verifier"], info["verify_threshold"]) == ("twin", "verifier", 0.7518)
+            assert info["policy"] and not card.policy and card.verify_threshold == info["verify_threshold"]
+            same = {**GOOD["/verify"], "before": picture, "after": picture, "deadline_ms": 60_000}
+            body = (await caller.post("/verify", same)).json()
+            assert (body["model"], body["policy"], body["success"]) == ("verifier", False, False)
+
+    run(work(), 240)
 
 
 def test_the_probability_is_the_models_own_where_the_two_answers_part() -> None:

@@ -20,6 +20,7 @@ ENGINES = ("vllm", "transformers", "openai")
 BASE_MODEL_NAME = "base"
 TWIN_MODEL = Path("models/twin/base")
 TWIN_ADAPTER = Path("models/twin/adapter")
+TWIN_VERIFIER = Path("models/twin/verifier")
 _REAL = frozenset({"verify_threshold", "max_row_translation_m", "body_timeout_s", "drain_s"})
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -185,13 +186,16 @@ def _boolean(name: str, text: str) -> bool:
 
 
 def build(overrides: Mapping[str, object], checkout: Path) -> Settings:
-    """Settings from merged values (environment, then flags). `twin` stands for the embedded model and adapter of the
-    checkout, with the transformers engine unless another is named. Raises ConfigurationError."""
+    """Settings from merged values (environment, then flags). `twin` stands for the embedded model of the checkout, its
+    adapter and the one that verifies, with the transformers engine unless another is named. Raises ConfigurationError.
+    """
     values = {key: value for key, value in overrides.items() if key != "twin" and value is not None}
     if overrides.get("twin"):
         values.setdefault("engine", "transformers")
         values.setdefault("model", checkout / TWIN_MODEL)
-        values.setdefault("adapters", (("twin", checkout / TWIN_ADAPTER),))
+        if "adapters" not in values:
+            values["adapters"] = (("twin", checkout / TWIN_ADAPTER), ("verifier", checkout / TWIN_VERIFIER))
+            values.setdefault("verifier", "verifier")
     known = {item.name for item in fields(Settings)}
     unknown = set(values) - known
     if unknown:

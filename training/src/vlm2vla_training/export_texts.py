@@ -21,6 +21,7 @@ _WHAT = {
     "full": "every weight",
     "full-fp8": "every weight, the language model's linears in fp8 (E4M3, compressed-tensors)",
 }
+_KIND = {True: "A policy that acts in text", False: "A model that was not trained to act"}
 
 
 def write_texts(folder: Path, card: ModelCard, base: Path, what: str, servable: bool) -> None:
@@ -35,7 +36,7 @@ def write_texts(folder: Path, card: ModelCard, base: Path, what: str, servable: 
     lines = [
         f"# {card.name}",
         "",
-        f"A policy that acts in text: {_WHAT[what]}, trained on `{card.base_model}`"
+        f"{_KIND[card.policy]}: {_WHAT[what]}, trained on `{card.base_model}`"
         + (f" with {examples} examples." if examples else "."),
         f"Facts are in `model_card.json`; serve it with `vlm2vla-server serve {how}`.",
         "",
