@@ -70,6 +70,8 @@ def test_done_counts_from_the_threshold_of_the_setting_or_else_of_the_card(
     status, body = asked(settings, engine)
     assert (status, body["success"]) == (200, success) and body["probability"] == pytest.approx(0.8)
     assert '"success": true' in str(body["raw_text"]), "what the model said stays readable"
+    assert ("Not sure enough (0.80, asked for 0.90): " in str(body["reasoning"])) != success, "no word for the other"
+    assert body["confidence"] == ("High" if success else "Low")
     assert [one.completion for one in engine.scored] == ['{"success": true', '{"success": false']
     assert {one.prompt for one in engine.scored} == {prompts.verify_prompt("Grasp Carrot", "Lift Carrot")}
     assert {len(one.images) for one in engine.scored} == {2} and {one.adapter for one in engine.scored} == {"twin"}

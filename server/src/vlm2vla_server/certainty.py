@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm2vla_schema.parsing import format_verdict
+from vlm2vla_schema.parsing import MAX_REASONING_CHARS, format_verdict
 from vlm2vla_schema.types import Verdict
 from vlm2vla_server.engines.base import Engine, ScoreRequest
 from vlm2vla_server.errors import DeadlineExceeded
@@ -40,6 +40,15 @@ async def probability_done(
     except TimeoutError:
         raise DeadlineExceeded("the deadline passed while the verdict's probability was measured") from None
     return 0.5 * (1.0 + math.tanh((done - not_done) / 2.0))
+
+
+def certain(verdict: Verdict, probability: float, threshold: float) -> Verdict:
+    """The verdict "done" as it is answered when `threshold` is asked for: below it "not done", and the reasoning says
+    why it is another than the model's."""
+    if probability >= threshold:
+        return verdict
+    why = f"Not sure enough ({probability:.2f}, asked for {threshold:.2f}): {verdict.reasoning}"
+    return Verdict(False, "Low", why[:MAX_REASONING_CHARS])
 
 
 def _opening(success: bool) -> str:

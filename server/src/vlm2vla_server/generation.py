@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from vlm2vla_schema import messages as wire
 from vlm2vla_schema.errors import ImageError
 from vlm2vla_schema.images import decode_to_square, from_base64
-from vlm2vla_server.certainty import EVEN, probability_done
+from vlm2vla_server.certainty import EVEN, certain, probability_done
 from vlm2vla_server.errors import InvalidImage, InvalidRequest
 from vlm2vla_server.policy import Clocking, Outcome, RowSink, Sampling, Spent
 from vlm2vla_server.service import Service
@@ -143,8 +143,9 @@ async def verify(request: wire.VerifyRequest, call: Call) -> wire.VerifyResponse
         asked_ms = (time.monotonic() - asked_s) * 1000.0
         outcome.spent.generate_ms += asked_ms
         outcome.spent.total_ms += asked_ms
+        verdict = certain(verdict, probability, threshold)
     return wire.VerifyResponse(
-        success=verdict.success and (probability is None or probability >= threshold),
+        success=verdict.success,
         confidence=verdict.confidence,
         reasoning=verdict.reasoning,
         probability=probability,
