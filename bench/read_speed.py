@@ -147,10 +147,11 @@ def read_shard(shard: str) -> str:
     damage: list[dict[str, Any]] = []
     episodes = [0, 0, 0]
     for met in RldsSource(Path(shard), IntakeOptions()).meet(Path(shard), damage):
-        assert met.episode is not None
+        episode = met.taken.episode
+        assert episode is not None
         episodes[0] += 1
-        episodes[1] += len(met.episode)
-        episodes[2] += sum(map(len, met.episode.images))
+        episodes[1] += len(episode)
+        episodes[2] += sum(map(len, episode.images))
     assert not [one for one in damage if "promises" not in one["what"]], damage
     found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
     assert found is not None

@@ -135,7 +135,12 @@ def test_what_cannot_be_spread_is_refused(
 def test_values_survive_the_second_reading(tmp_path: Path) -> None:
     source, options = shards(tmp_path / "source"), IntakeOptions()
     reader = RldsSource(source, options)
-    for met in reader.meet(reader.shards[1], []):
-        if met.episode is not None:
-            again = reader.episode_at(reader.shards[1], met.number, met.offset)
-            assert np.array_equal(again.actions, met.episode.actions) and again.images == met.episode.images
+    met = [one for one in reader.meet(reader.shards[1], []) if one.taken.episode is not None]
+    again = reader.episodes_at([(reader.shards[1], one.number, one.offset) for one in met])
+    for one, episode in zip(met, again, strict=True):
+        assert one.taken.episode is not None and episode.key == one.key == one.taken.episode.key
+        assert np.array_equal(episode.actions, one.taken.episode.actions)
+        assert np.array_equal(episode.states, one.taken.episode.states) and episode.images == one.taken.episode.images
+    without = [one for one in reader.meet(reader.shards[1], []) if one.taken.left_out is not None]
+    with pytest.raises(DataError, match="the episode that was here is gone"):
+        reader.episodes_at([(reader.shards[1], one.number, one.offset) for one in (met[0], without[0])])

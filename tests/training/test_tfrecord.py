@@ -114,7 +114,7 @@ def test_what_the_record_before_looked_like_changes_nothing(
         for name, value in features.items():
             if isinstance(value, np.ndarray):
                 assert np.array_equal(hinted.floats(name), value)
-                assert np.array_equal(hinted.rows(name, 1), value[:, None].astype(np.float64))
+                assert np.array_equal(hinted.rows(name, 1), value[:, None])
             elif isinstance(value[0], bytes):
                 assert hinted.bytes_list(name) == value
             else:
@@ -145,7 +145,7 @@ def test_a_layout_is_followed_and_unusual_entries_are_still_read() -> None:
 
 def test_rows_are_whole() -> None:
     read = Example(example({"a": np.arange(6, dtype=np.float32)}))
-    assert read.rows("a", 3).tolist() == [[0, 1, 2], [3, 4, 5]] and read.rows("a", 3).flags.writeable
+    assert read.rows("a", 3).tolist() == [[0, 1, 2], [3, 4, 5]]
     with pytest.raises(DataError, match="6 values; expected rows of 4"):
         read.rows("a", 4)
 

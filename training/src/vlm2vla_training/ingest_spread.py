@@ -8,12 +8,11 @@ A part that is there already with the episodes that belong into it is not writte
 from __future__ import annotations
 
 import json
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vlm2vla_training.episodes.intake import IntakeOptions, IntakeReport
+from vlm2vla_training.episodes.intake import IntakeOptions, LeftOut, Taken
 from vlm2vla_training.episodes.parquet import EPISODES_A_PART, keys_of_part, part_path, write_part
 from vlm2vla_training.episodes.rlds import Met, RldsSource
 from vlm2vla_training.errors import DataError
@@ -59,7 +58,9 @@ def _survey(source: RldsSource, root: Path, options: IntakeOptions, spread: Spre
     for shard, text in zip(source.shards, found, strict=True):
         told = json.loads(text)
         for one in told["records"]:
-            met = Met(one["number"], one["offset"], one["key"], None, _report(one["report"]))
+            left_out = LeftOut(*one["left_out"]) if one["left_out"] else None
+            taken = Taken(None, left_out, tuple(one["traps"]), one["gap_mm"])
+            met = Met(one["number"], one["offset"], one["key"], taken)
             if source.admit(shard, met) and one["kept"]:
                 places.append((str(shard), met.number, met.offset, str(met.key)))
         source.report.damage += told["damage"]
@@ -71,10 +72,9 @@ def _look(root: str, options: IntakeOptions, shard: str) -> str:
     damage: list[dict[str, Any]] = []
     records: list[dict[str, Any]] = []
     for met in RldsSource(Path(root), options).meet(Path(shard), damage):
-        kept = met.episode is not None
-        records.append(
-            {"number": met.number, "offset": met.offset, "key": met.key, "kept": kept, "report": met.report.plain()}
-        )
+        episode, left_out, traps, gap_mm = met.taken
+        told = {"number": met.number, "offset": met.offset, "key": met.key, "kept": episode is not None}
+        records.append({**told, "left_out": left_out, "traps": traps, "gap_mm": gap_mm})
     return json.dumps({"records": records, "damage": damage})
 
 
@@ -82,14 +82,9 @@ def _write(root: str, options: IntakeOptions, out: str, text: str) -> str:
     """Write one part; runs anywhere."""
     todo = json.loads(text)
     source = RldsSource(Path(root), options)
-    episodes = [source.episode_at(Path(shard), number, offset) for shard, number, offset, _ in todo["places"]]
+    episodes = source.episodes_at([(Path(shard), number, offset) for shard, number, offset, _ in todo["places"]])
     write_part(Path(out), todo["part"], episodes)
     return str(todo["part"])
-
-
-def _report(fields: dict[str, Any]) -> IntakeReport:
-    counters = {name: Counter(fields[name]) for name in ("left_out", "traps")}
-    return IntakeReport(**{**fields, **counters})
 
 
 def _is_there(path: Path, keys: list[str]) -> bool:

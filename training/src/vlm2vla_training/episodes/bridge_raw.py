@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm2vla_training.episodes.base import Episode
-from vlm2vla_training.episodes.intake import IntakeOptions, IntakeReport, RawEpisode, rows_of, take_in
+from vlm2vla_training.episodes.intake import IntakeOptions, IntakeReport, RawEpisode, rows_of
 from vlm2vla_training.episodes.plain_data import read_plain
+from vlm2vla_training.episodes.taking_in import take_in
 from vlm2vla_training.errors import DataError
 
 _POLICY_FILE, _STATE_FILE, _WORDS_FILE = "policy_out.pkl", "obs_dict.pkl", "lang.txt"

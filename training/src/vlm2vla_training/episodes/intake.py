@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm2vla_training.episodes.base import Episode, all_finite, reached_next
+from vlm2vla_training.episodes.base import Episode
 from vlm2vla_training.errors import DataError
 
 ActionSource = Literal["commanded", "reached"]
-NO_INSTRUCTION = "no instruction"
 # summary.json names so many episodes; all are counted.
 _NAMED = 1000
-_SETTLED_AT = 256
-_PICTURES = (b"\xff\xd8", b"\x89PNG")
 
 
 @dataclass(frozen=True)
@@ -34,6 +30,30 @@ class IntakeOptions:
     keep_unlabelled: bool = False
     actions: ActionSource = "commanded"
     camera: str | None = None
+
+
+class LeftOut(NamedTuple):
+    """An episode, or the place of one, that was left out, and why."""
+
+    episode_key: str
+    reason: str
+    detail: str = ""
+
+
+class Taken(NamedTuple):
+    """What became of one episode of a source.
+
+    Attributes:
+        episode: None when it was left out.
+        left_out: why it was.
+        traps: known traps of the data that were met in it.
+        gap_mm: how far its commanded motion lies from the reached one, the median step; None for a single step.
+    """
+
+    episode: Episode | None
+    left_out: LeftOut | None = None
+    traps: tuple[str, ...] = ()
+    gap_mm: float | None = None
 
 
 @dataclass
@@ -54,7 +74,6 @@ class IntakeReport:
     named: list[dict[str, Any]] = field(default_factory=list)
     damage: list[dict[str, Any]] = field(default_factory=list)
     _gaps_mm: list[float] = field(default_factory=list)
-    _unsettled: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = field(default_factory=list)
 
     def leave_out(self, key: str, reason: str, detail: str = "") -> None:
         """Count one episode as left out and name it."""
@@ -62,48 +81,17 @@ class IntakeReport:
         if len(self.named) < _NAMED:
             self.named.append({"episode_key": key, "reason": reason, **({"detail": detail} if detail else {})})
 
-    def add(self, other: IntakeReport) -> None:
-        """Take in what another report counted behind this one."""
-        self.records += other.records
-        if other.left_out:
-            self.left_out.update(other.left_out)
-            self.named += other.named[: _NAMED - len(self.named)]
-        if other.traps:
-            self.traps.update(other.traps)
-        self.damage += other.damage
-        self._gaps_mm += other._gaps_mm
-        self._unsettled += other._unsettled
-
-    def gap(self, actions: NDArray[np.float64], states: NDArray[np.float64]) -> None:
-        """Note how far the commanded motion of one episode lies from the reached one."""
-        if len(actions) > 1:
-            self._unsettled.append((actions, states))
-            if len(self._unsettled) >= _SETTLED_AT:
-                self.settle()
-
-    def plain(self) -> dict[str, Any]:
-        """Return the fields as JSON values, for a report elsewhere to be made of."""
-        self.settle()
-        return {name: value for name, value in vars(self).items() if name != "_unsettled"}
-
-    def settle(self) -> None:
-        """Work out the gaps of the episodes noted, many at once: for a single one numpy's calls take the time."""
-        if not self._unsettled:
-            return
-        actions = np.concatenate([one for one, _ in self._unsettled])
-        states = np.concatenate([one for _, one in self._unsettled])
-        apart = states[1:, :3] - states[:-1, :3] - actions[:-1, :3]
-        gaps = np.sqrt(np.einsum("ij,ij->i", apart, apart)).tolist()
-        begin = 0
-        for one, _ in self._unsettled:
-            end = begin + len(one)
-            self._gaps_mm.append(round(median(gaps[begin : end - 1]) * 1000, 3))
-            begin = end
-        self._unsettled.clear()
+    def add(self, taken: Taken) -> None:
+        """Note what became of one episode."""
+        for trap in taken.traps:
+            self.traps[trap] += 1
+        if taken.left_out is not None:
+            self.leave_out(*taken.left_out)
+        if taken.gap_mm is not None:
+            self._gaps_mm.append(taken.gap_mm)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; the gap is the median over episodes of each one's median step."""
-        self.settle()
         gap = round(float(np.median(self._gaps_mm)), 2) if self._gaps_mm else None
         return {
             "records": self.records,
@@ -116,97 +104,22 @@ class IntakeReport:
         }
 
 
-@dataclass(frozen=True)
-class RawEpisode:
-    """An episode as a source logged it, before the traps: fields as in `Episode`, gripper not yet binary.
+class RawEpisode(NamedTuple):
+    """An episode as a source logged it, before the traps that all sources share: fields as in `Episode`.
 
-    What it holds is nobody else's: the `Episode` keeps it.
+    The gripper is not yet binary. Actions and states are any kind of float and are copied; the `Episode` keeps the
+    images and the facts. `traps` are those of the source that were met in it.
     """
 
     key: str
     instruction: str
     source: str
     images: list[bytes]
-    actions: NDArray[np.float64]
-    states: NDArray[np.float64]
+    actions: NDArray[np.floating]
+    states: NDArray[np.floating]
     first_step: int
     facts: dict[str, Any]
-
-
-def take_in(raw: RawEpisode, options: IntakeOptions, report: IntakeReport) -> Episode | None:
-    """Handle the traps that all sources share; None when the episode is left out (counted and named).
-
-    - no instruction: left out, unless `keep_unlabelled`.
-    - an all-zero last row, gripper included, was appended by a builder and would teach a phantom close: dropped.
-    - a first row of zeros is kept, as the paper does; chunking absorbs it. Counted.
-    - the gripper becomes binary: above 0.95 open, below 0.05 closed, between: the value reached next.
-    """
-    instruction = raw.instruction.strip()
-    if not instruction and not options.keep_unlabelled:
-        report.leave_out(raw.key, NO_INSTRUCTION)
-        return None
-    trouble = _trouble(raw)
-    if trouble:
-        report.leave_out(raw.key, *trouble)
-        return None
-    facts = raw.facts
-    rows: list[list[float]] = raw.actions.tolist()  # few and short: quicker than numpy
-    if not any(rows[-1]):
-        rows.pop()
-        report.traps["zero_last_row_dropped"] += 1
-        facts["zero_last_row_dropped"] = True
-    if not rows:
-        report.leave_out(raw.key, "no row left")
-        return None
-    length = len(rows)
-    actions, states = raw.actions[:length], raw.states[:length]
-    if not any(rows[0][:6]):
-        report.traps["first_action_zero"] += 1
-        facts["first_action_zero"] = True
-    logged = [row[6] for row in rows]
-    gripper = reached_next(logged)
-    if gripper != logged:
-        actions[:, 6] = gripper
-        if any(0.05 <= value <= 0.95 for value in logged):
-            report.traps["gripper_between"] += 1
-    report.gap(actions, states)
-    if options.actions == "reached":
-        actions = reached_actions(actions, raw.states)
-    facts["actions"] = options.actions
-    images = raw.images if len(raw.images) == length else raw.images[:length]
-    return Episode(raw.key, instruction, raw.source, images, actions, states, raw.first_step, facts)
-
-
-def reached_actions(actions: NDArray[np.float64], states: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Replace commanded motions by what the arm did: differences of successive poses, gripper as commanded.
-
-    Args:
-        actions: [T, 7] commanded.
-        states: [at least T, 7]; the state behind the last action is used when it was logged.
-
-    Returns:
-        [T, 7]; a last row without a following state stays as commanded. Angles are differences wrapped to +-pi.
-    """
-    result = actions.copy()
-    moved = np.diff(states[: len(actions) + 1, :6], axis=0)
-    moved[:, 3:] = (moved[:, 3:] + np.pi) % (2 * np.pi) - np.pi
-    result[: len(moved), :6] = moved
-    return result
-
-
-def _trouble(raw: RawEpisode) -> tuple[str, str] | None:
-    """Reason and detail when lengths, widths or values of an episode do not fit."""
-    steps = len(raw.actions)
-    if raw.actions.shape != (steps, 7) or raw.states.shape[1:] != (7,) or not steps:
-        return "wrong shape", f"actions {raw.actions.shape}, states {raw.states.shape}; expected [T, 7] each"
-    if len(raw.states) not in (steps, steps + 1) or len(raw.images) != steps:
-        return "lengths differ", f"{steps} actions, {len(raw.states)} states, {len(raw.images)} images"
-    if not all_finite(raw.actions, raw.states[:steps]) or not np.isfinite(raw.states[-1]).all():
-        return "not finite", "an action or state is infinite or not a number"
-    for image in raw.images:
-        if not image.startswith(_PICTURES):
-            return "not an image", "a frame is neither JPEG nor PNG"
-    return None
+    traps: tuple[str, ...] = ()
 
 
 def rows_of(values: NDArray[np.float32] | list[Any], width: int, what: str) -> NDArray[np.float64]:

@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vlm2vla_training.episodes.base import Episode
-from vlm2vla_training.episodes.intake import IntakeOptions, IntakeReport, RawEpisode, rows_of, take_in
+from vlm2vla_training.episodes.intake import IntakeOptions, IntakeReport, RawEpisode, rows_of
 from vlm2vla_training.episodes.lerobot_video import VideoFrames
+from vlm2vla_training.episodes.taking_in import take_in
 from vlm2vla_training.errors import DataError
 from vlm2vla_training.jsonio import read_json
 

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import google_crc32c
 
@@ -23,8 +24,7 @@ _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """One whole record: its number in the file from 0, the byte offset of its header, and its data."""
 
     number: int
