@@ -108,9 +108,9 @@ def _made(raws: Sequence[RawEpisode], options: IntakeOptions) -> list[Taken]:
     rows = _Rows(raws)
     if not all_finite(rows.actions, rows.states):
         return [_made_alone(raw, options) for raw in raws]
-    padded = ~rows.actions[rows.ends - 1].any(axis=1)
+    padded = np.logical_not(rows.actions[rows.ends - 1].any(axis=1))
     behind = rows.ends - padded
-    unmoved = ~rows.actions[rows.begins, :6].any(axis=1) & (behind > rows.begins)
+    unmoved = np.logical_not(rows.actions[rows.begins, :6].any(axis=1)) & (behind > rows.begins)
     between = _make_binary(rows, behind)
     met = padded | unmoved | between
     numbers = zip(rows.begins.tolist(), behind.tolist(), met.tolist(), strict=True)
