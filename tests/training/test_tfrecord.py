@@ -111,6 +111,7 @@ def test_what_the_record_before_looked_like_changes_nothing(
     for layout in (plain.layout, Example(example(before)).layout):
         hinted = Example(data, layout)
         assert hinted.names() == plain.names() == sorted(features)
+        assert Example(message(1, hinted.entries(hinted.names()))).names() == hinted.names()
         for name, value in features.items():
             if isinstance(value, np.ndarray):
                 assert np.array_equal(hinted.floats(name), value)
@@ -131,6 +132,7 @@ def test_a_layout_is_followed_and_unusual_entries_are_still_read() -> None:
     trailing = message(1, message(1, b"b") + message(2, message(1, message(1, b"z"))) + message(9, b"new"))
     empty = message(1, message(1, b"c") + message(2, b""))
     odd = Example(message(1, turned + trailing + empty), first.layout)
+    assert odd.layout is None and Example(message(1, odd.entries(["b", "a"]))).integers("a") == (7,)
     assert odd.integers("a") == (7,) and odd.bytes_list("b") == [b"z"] and "c" not in odd
     trailed = Example(
         message(
