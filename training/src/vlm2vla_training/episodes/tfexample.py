@@ -215,6 +215,7 @@ class Example:
                     if part == 1 and wire == BYTES:
                         self._enter(before, first, last)
                     before = last
+
     def _enter(self, entry_begin: int, begin: int, end: int) -> None:
         """Take in one entry of the map."""
         data = self._data
