@@ -59,7 +59,8 @@ def ours(args: argparse.Namespace, out: Path) -> Any:
     collator = Collator(examples, encode_all(examples, Encoder(processor), preset.max_tokens), processor)
     rows = sft.rows_of(list(range(len(examples))))
     assert rows is not None
-    trainer, _ = sft.build_trainer(chosen, preset, processor, collator, rows, None)
+    model = sft.load_base(args.base, preset)
+    trainer, _ = sft.build_trainer(chosen, preset, model, processor, collator, rows, None)
     return trainer
 
 

@@ -78,18 +78,20 @@ def test_an_answer_with_an_image_token_is_refused(encoder: Encoder) -> None:
         encoder.encode("what is this?", "a <image_soft_token>", 1)
 
 
-def test_an_example_over_1024_tokens_stops_the_run_with_its_key(sets: dict[str, ExampleSet], encoder: Encoder) -> None:
+def test_examples_over_1024_tokens_stop_the_run_with_their_keys(sets: dict[str, ExampleSet], encoder: Encoder) -> None:
     short = sets["nr"]
     long = ExampleSet(
         short.pixels,
-        [*short.images, [0]],
-        [*short.prompts, "which way?"],
-        [*short.completions, "left, " * 1024],
-        [*short.kinds, "direction"],
-        [*short.episode_keys, "bridge/17"],
+        [*short.images, *[[0]] * 7],
+        [*short.prompts, *["which way?"] * 7],
+        [*short.completions, *["left, " * (1024 + number) for number in range(7)]],
+        [*short.kinds, *["direction"] * 7],
+        [*short.episode_keys, *[f"bridge/{number}" for number in range(7)]],
     )
-    with pytest.raises(DataError, match=r"1 of \d+ examples exceed 1024 tokens.*direction of bridge/17"):
+    expected = r"7 of \d+ examples exceed 1024 tokens; the longest: direction of bridge/6 \("
+    with pytest.raises(DataError, match=expected) as found:
         encode_all(long, encoder, 1024)
+    assert [f"bridge/{number} " in str(found.value) for number in range(7)] == [False] * 2 + [True] * 5
 
 
 def test_tokens_and_pixels_are_those_of_the_processor(sets: dict[str, ExampleSet], encoder: Encoder) -> None:

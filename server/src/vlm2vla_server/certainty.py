@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from vlm2vla_schema.parsing import MAX_REASONING_CHARS, format_verdict
+from vlm2vla_schema.limits import MAX_REASONING_CHARS
+from vlm2vla_schema.parsing import format_verdict
 from vlm2vla_schema.types import Verdict
 from vlm2vla_server.engines.base import Engine, ScoreRequest
 from vlm2vla_server.errors import DeadlineExceeded

@@ -17,6 +17,7 @@ import shutil
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel
 from torch.utils.tensorboard import SummaryWriter
 from transformers import (
@@ -217,7 +219,8 @@ def run_sft(args: argparse.Namespace) -> int:
         trim_log(args.out / LOG_FILE, checkpoint)
         if args.dump:
             (args.out / DUMP_FILE).write_text(dump(examples, collator, encoder, args.dump), encoding="utf-8")
-    trainer, adapted = build_trainer(args, preset, processor, collator, rows_of(training), rows_of(held_out))
+    model = load_base(args.base, preset)
+    trainer, adapted = build_trainer(args, preset, model, processor, collator, rows_of(training), rows_of(held_out))
     print(f"sft: {json.dumps(counts)}, {adapted} adapted modules, resume from {checkpoint}", file=sys.stderr)
     result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if held_out:
@@ -369,17 +372,17 @@ def merged(sets: list[ExampleSet]) -> ExampleSet:
 def build_trainer(
     args: argparse.Namespace,
     preset: Preset,
+    model: Any,
     processor: Any,
-    collator: Collator,
+    collator: Callable[[list[dict[str, Any]]], dict[str, NDArray[Any]]],
     training: Dataset,
     held_out: Dataset | None,
 ) -> tuple[SFTTrainer, int]:
-    """Load the base and wrap it. Returns the trainer and the number of adapted modules (0 for a full fine-tune).
+    """Wrap a loaded base. Returns the trainer and the number of adapted modules (0 for a full fine-tune).
 
     Raises:
         DataError: the scope did not hit exactly the modules that it should.
     """
-    model = load_base(args.base, preset)
     config = model.config
     if args.adapter is not None:
         model = PeftModel.from_pretrained(model, str(args.adapter), is_trainable=True)

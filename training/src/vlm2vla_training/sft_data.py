@@ -19,6 +19,8 @@ from vlm2vla_training.curation.dataset import ExampleSet
 from vlm2vla_training.errors import DataError
 
 _IGNORED = -100
+NAMED = 5
+"""Of the examples that are too long so many are named."""
 
 
 @dataclass(frozen=True)
@@ -82,19 +84,19 @@ def encode_all(examples: ExampleSet, encoder: Encoder, max_tokens: int) -> list[
     """Encode every example and count before training: text cut by a length limit would train silently.
 
     Raises:
-        DataError: an example is longer than `max_tokens`; the message names the longest.
+        DataError: an example is longer than `max_tokens`; the message names the five longest.
     """
     encoded = [
         encoder.encode(prompt, completion, len(images))
         for prompt, completion, images in zip(examples.prompts, examples.completions, examples.images, strict=True)
     ]
-    longest = max(range(len(encoded)), key=lambda index: len(encoded[index]))
-    if len(encoded[longest]) > max_tokens:
-        over = sum(len(tokens) > max_tokens for tokens in encoded)
+    over = [place for place, tokens in enumerate(encoded) if len(tokens) > max_tokens]
+    if over:
+        longest = sorted(over, key=lambda place: -len(encoded[place]))[:NAMED]
+        names = [f"{examples.kinds[i]} of {examples.episode_keys[i]} ({len(encoded[i])})" for i in longest]
         raise DataError(
-            f"{over} of {len(encoded)} examples exceed {max_tokens} tokens; the longest has {len(encoded[longest])} "
-            f"({examples.kinds[longest]} of {examples.episode_keys[longest]}). Nothing is cut: curate shorter examples "
-            "or raise --max-tokens"
+            f"{len(over)} of {len(encoded)} examples exceed {max_tokens} tokens; the longest: {', '.join(names)}. "
+            "Nothing is cut: curate shorter examples or raise --max-tokens"
         )
     return encoded
 
