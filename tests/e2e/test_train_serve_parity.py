@@ -7,7 +7,7 @@ from transformers import AutoProcessor
 from vlm2vla_schema import prompts
 from vlm2vla_schema.images import decode_to_square, encode_jpeg
 from vlm2vla_server.engines.base import Turn
-from vlm2vla_server.engines.hf_model import apply_template
+from vlm2vla_server.engines.processors import apply_template
 from vlm2vla_training.curation.dataset import ExampleSet, prepared_image
 from vlm2vla_training.curation.dataset import _square as loaded_image
 from vlm2vla_training.sft_data import Collator, Encoder

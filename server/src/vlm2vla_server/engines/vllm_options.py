@@ -13,7 +13,7 @@ import transformers
 
 from vlm2vla_server.engines.adapters import rank_of
 from vlm2vla_server.engines.base import EngineStartError
-from vlm2vla_server.engines.hf_model import quietly_load
+from vlm2vla_server.engines.processors import quietly_load
 
 MAX_IMAGES = 8
 CONTEXT_TOKENS = 8192
