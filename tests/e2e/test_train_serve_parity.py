@@ -28,7 +28,7 @@ PROMPTS = {
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
     folder = tmp_path_factory.mktemp("base")
     write_random_base(folder)
-    return Encoder(AutoProcessor.from_pretrained(folder))
+    return Encoder(AutoProcessor.from_pretrained(folder), 112)
 
 
 @pytest.mark.parametrize("name", PROMPTS)
