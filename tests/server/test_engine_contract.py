@@ -41,7 +41,7 @@ def test_every_adapter_fits_and_facts_are_told(subject: Subject) -> None:
         assert info.device == "cpu" and info.dtype == "float32" and info.context_tokens == 4096
         assert all(a.adapted_modules == 28 and len(a.hash) == 64 for a in info.adapters)
         assert len(info.model_hash) == 64 and {"torch", "transformers"} <= info.versions.keys()
-    assert {"<start_of_turn>", "<end_of_turn>", "<start_of_image>"} <= subject.engine.control_tokens()
+    assert subject.models.control_tokens <= subject.engine.control_tokens()
 
 
 def test_the_picture_changes_the_answer(subject: Subject) -> None:

@@ -82,6 +82,12 @@ def picture_options(processor: Any) -> dict[str, Any]:
     return {"do_pan_and_scan": False} if hasattr(processor.image_processor, "do_pan_and_scan") else {}
 
 
+def reads_images_whole(processor: Any) -> bool:
+    """Whether the model lets the tokens of an image attend to one another: its processor marks them in the name by which
+    transformers makes such a mask."""
+    return "token_type_ids" in processor(text=["?"])
+
+
 def stop_ids(configured: Any, processor: Any) -> list[int]:
     """The template's end of turn first, then whatever else ends an answer. configured: `eos_token_id` of the
     checkpoint's generation settings: one id, several, or None. Raises EngineStartError when nothing ends an answer."""

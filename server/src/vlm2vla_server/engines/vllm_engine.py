@@ -42,7 +42,14 @@ from vlm2vla_server.engines.base import (
 )
 from vlm2vla_server.engines.decoding import Detokenizer, control_tokens
 from vlm2vla_server.engines.hf_model import folder_hash
-from vlm2vla_server.engines.processors import apply_template, load_processor, picture_options, quietly_load, stop_ids
+from vlm2vla_server.engines.processors import (
+    apply_template,
+    load_processor,
+    picture_options,
+    quietly_load,
+    reads_images_whole,
+    stop_ids,
+)
 from vlm2vla_server.engines.vllm_options import VLLMOptions, engine_arguments
 from vlm2vla_server.errors import ServerError
 
@@ -119,7 +126,8 @@ class VLLMEngine:
         self._on_cpu = self._apart.active = bool(current_platform.is_cpu())
         self._device = "cpu" if self._on_cpu else str(current_platform.get_device_name())
         known = [field.name for field in fields(AsyncEngineArgs)]
-        arguments = engine_arguments(self._options, known, on_cpu=self._on_cpu)
+        whole = reads_images_whole(self._processor)
+        arguments = engine_arguments(self._options, known, on_cpu=self._on_cpu, whole_images=whole)
         if self._on_cpu:
             if not vllm_cpu.is_registered():
                 raise EngineStartError(
