@@ -2,10 +2,10 @@
 numbers, a byte-level tokenizer with Qwen's control tokens, and chat templates that write Qwen's documented turns.
 
 What differs from Gemma 3, and is kept here: pictures become rows of patches with a grid (`image_grid_thw`), and how
-many tokens one costs follows from its size; positions have three axes (M-RoPE), so a picture of 16 tokens moves the text
-behind it by 4; some layers get features of the tower's inner layers (deepstack); pictures and videos are marked by
-`mm_token_type_ids`, there are no `token_type_ids`; a turn ends with <|im_end|>, there is no BOS; templates trim nothing,
-and those of the thinking models open a thought where the answer should begin; the processor's video part needs
+many tokens one costs follows from its size; positions have three axes (M-RoPE), so a picture of 16 tokens moves the
+text behind it by 4; some layers get features of the tower's inner layers (deepstack); pictures and videos are marked by
+`mm_token_type_ids`, there are no `token_type_ids`; a turn ends with <|im_end|>, there is no BOS; templates trim
+nothing, and those of the thinking models open a thought where the answer should begin; the processor's video part needs
 torchvision.
 """
 
@@ -47,7 +47,7 @@ _ASSISTANT = {"never": "", "always": "<think>\n\n</think>\n\n", "optional": "<th
 _PROMPT = {
     "never": "",
     "always": "{{ '<think>\n' }}",
-    "optional": "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}",
+    "optional": "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}",
 }
 
 

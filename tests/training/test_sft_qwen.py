@@ -1,4 +1,4 @@
-"""Preset qwen on a random Qwen3-VL: what carries loss, what the model is given, and a run from examples to an export."""
+"""Preset qwen on a random Qwen3-VL: what carries loss, what the model is given, a run from examples to an export."""
 
 from __future__ import annotations
 
@@ -129,9 +129,9 @@ def test_tokens_and_pixels_are_those_of_the_processor(examples: ExampleSet, enco
 
 @pytest.mark.parametrize("token", [IMAGE_PAD, VIDEO_PAD])
 def test_pictures_and_videos_are_no_words(encoder: Encoder, token: str) -> None:
-    with pytest.raises(DataError, match="answer .* image token"):
+    with pytest.raises(DataError, match=r"answer .* image token"):
         encoder.encode("what is this?", f"a {token}", 1)
-    with pytest.raises(DataError, match="prompt .* image token"):
+    with pytest.raises(DataError, match=r"prompt .* image token"):
         encoder.encode(f"what is this {token}?", "a", 1)
 
 

@@ -21,8 +21,8 @@ _PROCESSOR_FILES = (
 
 
 def load_processor(folder: Path) -> Any:
-    """Tokenizer, template and image processor. A part for videos that cannot be loaded, for it needs torchvision, is left
-    out: examples hold pictures.
+    """Tokenizer, template and image processor. A part for videos that cannot be loaded, for it needs torchvision, is
+    left out: examples hold pictures.
     """
     try:
         return AutoProcessor.from_pretrained(folder)
@@ -38,7 +38,7 @@ def _without_video(whole: Any) -> Any:
     load.
     """
 
-    class Pictures(whole):  # type: ignore[misc]  # the class is known only when it is called
+    class Pictures(whole):
         def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
             super().__init__(image_processor=image_processor, tokenizer=tokenizer, chat_template=chat_template)
 
@@ -46,7 +46,7 @@ def _without_video(whole: Any) -> Any:
 
 
 def copy_processor(base: Path, folder: Path) -> None:
-    """Copy tokenizer, template and processor as they are: written anew, they would lack what was left out at loading."""
+    """Copy tokenizer, template and processor as they are: written anew, they would lack what loading left out."""
     for pattern in _PROCESSOR_FILES:
         for path in base.glob(pattern):
             shutil.copyfile(path, folder / path.name)

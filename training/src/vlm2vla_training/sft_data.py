@@ -141,7 +141,7 @@ class Collator:
         self._bias = (-mean / std).astype(np.float32).reshape(1, 3, 1, 1)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, NDArray[Any]]:
-        """Return input_ids, attention_mask, labels and the marks of image tokens by their name [B, L], and `pictures`."""
+        """Return input_ids, attention_mask, labels and the marks of image tokens by their name [B, L]; `pictures`."""
         indices = [int(row["example"]) for row in rows]
         width = max(len(self._encoded[index]) for index in indices)
         ids = np.full((len(indices), width), self._pad, dtype=np.int64)

@@ -1,8 +1,8 @@
 """A Hugging Face vision-language model with PEFT adapters, run synchronously by one thread.
 
-Any model of `AutoModelForImageTextToText` whose processor has a chat template and marks image tokens by `token_type_ids`
-or `mm_token_type_ids`; Gemma 3 and Qwen3-VL have been run. Everything here blocks: `transformers_engine` runs it on its
-worker thread.
+Any model of `AutoModelForImageTextToText` whose processor has a chat template and marks image tokens (`KINDS`); the
+architectures of Gemma 3 and Qwen3-VL have been run. Everything here blocks: `transformers_engine` runs it on its worker
+thread.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class ModelOptions:
 class Prompt:
     """A prompt as the model takes it.
 
-    ids: int64 [1, T]. kinds: the processor's mark of image tokens, int64 [1, T], by its name. pictures: whatever else the
-    processor made of them, by name: pixel values, and for some models their grid; empty without images. positions: int64
+    ids: int64 [1, T]. kinds: the processor's mark of image tokens, int64 [1, T], by its name. pictures: whatever else
+    the processor made, by name: pixel values, and for some models their grid; empty without images. positions: int64
     [axes, 1, T] for models that lay pictures out over several axes, else None: the model then counts tokens. split:
     number of leading tokens up to and including the last image token.
     """
@@ -68,8 +68,8 @@ class Prompt:
 
 @dataclass
 class Reading:
-    """What the model has read. cache: keys and values, which grow in place. next_place: position of the token that comes
-    next, int64 [axes, 1, 1], or None where the model counts by itself."""
+    """What the model has read. cache: keys and values, which grow in place. next_place: position of the token that
+    comes next, int64 [axes, 1, 1], or None where the model counts by itself."""
 
     cache: Any
     next_place: torch.Tensor | None
@@ -138,8 +138,8 @@ class HFModel:
     def _positions(
         self, ids: torch.Tensor, kinds: Mapping[str, torch.Tensor], pictures: Mapping[str, torch.Tensor]
     ) -> torch.Tensor | None:
-        """Positions of the prompt's tokens on every axis, where the model has several. Left to itself such a model keeps
-        the offset of the last picture that it was given, and counts another request's tokens from there."""
+        """Positions of the prompt's tokens on every axis, where the model has several. Left to itself such a model
+        keeps the offset of the last picture that it was given, and counts another request's tokens from there."""
         count = getattr(self.network.model, "get_rope_index", None)
         if count is None:
             return None
@@ -167,7 +167,7 @@ class HFModel:
         self._active = adapter
 
     def prefill(self, prompt: Prompt) -> tuple[torch.Tensor, Reading, int]:
-        """Read the prompt. Returns (logits [vocabulary] of the next token, reading, tokens taken from the prefix cache).
+        """Read the prompt. Returns (logits [vocabulary] of the next token, reading, tokens taken from the prefixes).
 
         The prompt is always read in two parts, cut after the last image token, so that a prefix taken from the cache
         gives bit for bit what reading it again gives. The second part is plain causal text; only image tokens attend
@@ -188,7 +188,9 @@ class HFModel:
         return self._forward(torch.tensor([[token]], device=self.device), reading.cache, place)
 
     def _forward(self, ids: torch.Tensor, cache: Any, positions: torch.Tensor | None) -> torch.Tensor:
-        output = self.network(input_ids=ids, **_placed(positions), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = self.network(
+            input_ids=ids, **_placed(positions), past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
         logits: torch.Tensor = output.logits[0, -1].to("cpu", torch.float32)
         return logits
 

@@ -43,7 +43,7 @@ def _without_video(whole: Any) -> Any:
     """The processor class with a constructor that knows no video part: transformers reads from its parameters what to
     load."""
 
-    class Pictures(whole):  # type: ignore[misc]  # the class is known only when it is called
+    class Pictures(whole):
         def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
             super().__init__(image_processor=image_processor, tokenizer=tokenizer, chat_template=chat_template)
 
@@ -83,8 +83,8 @@ def picture_options(processor: Any) -> dict[str, Any]:
 
 
 def reads_images_whole(processor: Any) -> bool:
-    """Whether the model lets the tokens of an image attend to one another: its processor marks them in the name by which
-    transformers makes such a mask."""
+    """Whether the model lets the tokens of an image attend to one another: its processor marks them by the name from
+    which transformers makes such a mask."""
     return "token_type_ids" in processor(text=["?"])
 
 
