@@ -1,5 +1,5 @@
-"""From a robot's log to a served adapter on another architecture, a random Qwen3-VL, which only the preset names. What it
-answers means nothing; that answers are proven, parsed and read from the pictures does."""
+"""From a robot's log to a served adapter on another architecture, a random Qwen3-VL, which only the preset names. What
+it answers means nothing; that answers are proven, parsed and read from the pictures does."""
 
 from __future__ import annotations
 

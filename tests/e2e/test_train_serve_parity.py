@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from qwen_model import IMAGE_SIZE as QWEN_SIZE
-from qwen_model import write_qwen
+from qwen_model import IMAGE_SIZE, write_qwen
 
 from vlm2vla_schema import prompts
 from vlm2vla_schema.images import decode_to_square, encode_jpeg
@@ -16,7 +15,6 @@ from vlm2vla_training import bases
 from vlm2vla_training.curation.dataset import ExampleSet, prepared_image
 from vlm2vla_training.curation.dataset import _square as loaded_image
 from vlm2vla_training.sft_data import Collator, Encoder
-from vlm2vla_training.twin_model import IMAGE_SIZE as TWIN_SIZE
 from vlm2vla_training.twin_model import write_random_base
 
 PROMPTS = {
@@ -41,11 +39,11 @@ class Sides:
 
 @pytest.fixture(scope="module", params=["gemma3", "qwen3_vl", "qwen3_vl that may think", "qwen3_vl, resized"])
 def sides(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Sides:
-    folder, size = tmp_path_factory.mktemp("base"), TWIN_SIZE
+    folder, size = tmp_path_factory.mktemp("base"), 112
     if request.param == "gemma3":
         write_random_base(folder)
     else:
-        size = 200 if "resized" in request.param else QWEN_SIZE
+        size = 200 if "resized" in request.param else IMAGE_SIZE
         write_qwen(folder, thinking="optional" if "think" in request.param else "never")
     return Sides(Encoder(bases.load_processor(folder), size), processors.load_processor(folder), size)
 

@@ -1,25 +1,28 @@
-"""What a Qwen3-VL asks of the transformers engine that Gemma 3 does not, on a random one."""
+"""What a Qwen3-VL asks of the engines that Gemma 3 does not, on a random one; vLLM in .venv-vllm."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from engine_contract import Models, Subject, started
 from numpy.typing import NDArray
 from qwen_model import END_OF_TURN, IMAGE_SIZE, SPECIALS, write_qwen
 from tiny_models import write_adapter
 
-from vlm2vla_server.engines.base import EngineStartError, Turn
+from vlm2vla_server.engines.base import EngineStartError, ScoreRequest, Turn
 from vlm2vla_server.engines.hf_model import HFModel, ModelOptions, Prompt
 from vlm2vla_server.engines.processors import apply_template, load_processor
 from vlm2vla_server.service import ANY_SIZE, read_cards
 from vlm2vla_server.settings import Settings
 
 ANSWER = "[[0.01, 0.0, -0.02, 1.0]]"
+SAME_NAT = 1e-3
 Picture = NDArray[np.uint8]
 
 
@@ -136,3 +139,22 @@ def test_a_base_of_any_size_takes_that_of_its_adapters(base: Path, tmp_path: Pat
     for adapters, size in (((), ANY_SIZE), ((("a", adapter),), 256)):
         card = read_cards(Settings(engine="transformers", model=bare, adapters=adapters))["base"]
         assert (card.name, card.image_size, card.policy) == ("bare", size, False)
+
+
+@pytest.fixture(scope="module")
+def reference(qwen_models: Models) -> Iterator[Subject]:
+    """transformers and PEFT in float32 on the models of the engine contract."""
+    with started("transformers", qwen_models) as running:
+        yield running
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("subject", [pytest.param("vllm-qwen", marks=pytest.mark.vllm)], indirect=True)
+@pytest.mark.parametrize("adapter", [None, "twin"])
+def test_vllm_gives_the_log_probabilities_of_transformers(
+    subject: Subject, reference: Subject, adapter: str | None
+) -> None:
+    for pictures in ((), (picture(0),), (picture(0), picture(1))):
+        ask = ScoreRequest(pictures, "Where is the carrot?", ANSWER, adapter)
+        found, right = (engine.run(engine.engine.score(ask)) for engine in (subject, reference))
+        assert found == pytest.approx(right, abs=SAME_NAT)
