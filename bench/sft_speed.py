@@ -56,7 +56,8 @@ def ours(args: argparse.Namespace, out: Path) -> Any:
     preset = sft.chosen_preset(chosen)
     processor = AutoProcessor.from_pretrained(args.base)
     examples = load_examples(args.examples, args.image_size)
-    collator = Collator(examples, encode_all(examples, Encoder(processor), preset.max_tokens), processor)
+    encoder = Encoder(processor, args.image_size)
+    collator = Collator(examples, encode_all(examples, encoder, preset.max_tokens), processor)
     rows = sft.rows_of(list(range(len(examples))))
     assert rows is not None
     model = sft.load_base(args.base, preset)

@@ -79,7 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    base, adapter = LoadedModel(options.base, None), LoadedModel(options.base, options.adapter)
+    card = ModelCard.read(options.adapter)
+    size = card.image_size
+    base, adapter = LoadedModel(options.base, None, size), LoadedModel(options.base, options.adapter, size)
     suites: dict[str, Any] = {}
     for name, suite in SUITES.items():
         seeds = range(options.seed, options.seed + options.scenes)
@@ -87,7 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         suites[name] = {"adapter": of_adapter(adapter, scenes), "base": of_base(base, scenes, name)}
         print(f"{name}: {json.dumps(suites[name], ensure_ascii=False)}", flush=True)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    card = ModelCard.read(options.adapter)
     told = {"adapter": card.name, "base_hash": card.base_hash, "commit": commit, "scenes": options.scenes,
             "first_seed": options.seed, "suites": suites}  # fmt: skip
     write_json(options.out, told)

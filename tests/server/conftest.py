@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from engine_contract import PARAMETERS, Models, Subject, started, write_models
+from engine_contract import PARAMETERS, QWEN, Models, Subject, started, write_models, write_qwen_models
 
 
 @pytest.fixture(scope="session")
 def contract_models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return write_models(tmp_path_factory.mktemp("contract"))
+
+
+@pytest.fixture(scope="session")
+def qwen_models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return write_qwen_models(tmp_path_factory.mktemp("qwen"))
 
 
 @pytest.fixture(scope="session")
@@ -24,5 +29,6 @@ def subject(request: pytest.FixtureRequest, contract_models: Models) -> Iterator
     if request.param == "vllm":
         yield request.getfixturevalue("vllm_subject")
         return
-    with started(request.param, contract_models) as running:
+    models = request.getfixturevalue("qwen_models") if request.param.endswith(QWEN) else contract_models
+    with started(request.param, models) as running:
         yield running

@@ -31,6 +31,7 @@ class Models:
 
     base: Path
     adapters: tuple[tuple[str, Path], ...]
+    control_tokens: frozenset[str] = frozenset({"<start_of_turn>", "<end_of_turn>", "<start_of_image>"})
 
 
 def write_models(folder: Path) -> Models:
@@ -43,6 +44,16 @@ def write_models(folder: Path) -> Models:
     write_servable_names(base)
     one, two = write_adapter(base, folder / "one", 1), write_adapter(base, folder / "two", 2)
     return Models(base, (("twin", TWIN / "adapter"), ("one", one), ("my.two", two)))
+
+
+def write_qwen_models(folder: Path) -> Models:
+    """The same of another architecture: a random Qwen3-VL and three random adapters, by the same names."""
+    from qwen_model import SPECIALS, write_qwen
+    from tiny_models import write_adapter
+
+    base = write_qwen(folder / "base")
+    written = [(name, write_adapter(base, folder / name, seed)) for seed, name in enumerate(("twin", "one", "my.two"))]
+    return Models(base, tuple(written), frozenset(SPECIALS))
 
 
 @dataclass(frozen=True)
@@ -108,14 +119,19 @@ ENGINES: dict[str, Callable[[Models], AbstractContextManager[Engine]]] = {
     "openai": _openai,
     "vllm": _vllm,
 }
-PARAMETERS = [pytest.param("transformers"), pytest.param("openai"), pytest.param("vllm", marks=pytest.mark.vllm)]
+QWEN = "-qwen"
+"""Behind an engine's name: on the models of `write_qwen_models`."""
+PARAMETERS = [
+    *map(pytest.param, ("transformers", "openai", "transformers-qwen")),
+    *(pytest.param(name, marks=pytest.mark.vllm) for name in ("vllm", "vllm-qwen")),
+]
 """Names of ENGINES for pytest; vllm runs only where `-m vllm` asks for it (scripts/test, in .venv-vllm)."""
 
 
 @contextlib.contextmanager
 def started(name: str, models: Models) -> Iterator[Subject]:
     """Start an engine on a loop of its own; close both at the end."""
-    with ENGINES[name](models) as engine, asyncio.Runner() as runner:
+    with ENGINES[name.removesuffix(QWEN)](models) as engine, asyncio.Runner() as runner:
         subject = Subject(engine, models, runner)
         try:
             subject.run(engine.start(), START_LIMIT_S)

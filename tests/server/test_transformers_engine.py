@@ -165,9 +165,7 @@ def test_reading_in_two_parts_agrees_with_transformers_own_forward(folders: tupl
             assert int((prompt.ids == model.tokenizer.bos_token_id).sum()) == 1
             with model.using(None):
                 ours, _, _ = model.prefill(prompt)
-                whole = model.network(
-                    input_ids=prompt.ids, token_type_ids=prompt.kinds, pixel_values=prompt.pixels, logits_to_keep=1
-                )
+                whole = model.network(input_ids=prompt.ids, **prompt.kinds, **prompt.pictures, logits_to_keep=1)
             assert torch.allclose(ours, whole.logits[0, -1], atol=1e-4)
 
     run(work(), 60)
@@ -328,9 +326,10 @@ def test_a_conversation_goes_through_the_models_own_template(folders: tuple[Path
         "<bos><start_of_turn>user\n[image]Here?<end_of_turn>\n<start_of_turn>model\nNo.<end_of_turn>\n"
         "<start_of_turn>user\nAnd here?[image]<end_of_turn>\n<start_of_turn>model\n"
     )
-    assert prompt.pixels is not None and not torch.equal(prompt.pixels[0], prompt.pixels[1])
+    pixels = prompt.pictures["pixel_values"]
+    assert not torch.equal(pixels[0], pixels[1])
     swapped = model.encode([OTHER, IMAGE], turns)
-    assert swapped.pixels is not None and torch.equal(swapped.pixels[0], prompt.pixels[1])
+    assert torch.equal(swapped.pictures["pixel_values"][0], pixels[1])
     model.processor.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(PromptRefused, match="chat template"):
         model.encode([], turns[1:2])

@@ -72,7 +72,7 @@ def test_lengths_are_those_of_the_processor(chain: Path, tmp_path: Path) -> None
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     examples = load_examples(chain / "examples", 112, ("actions",))
     processor = AutoProcessor.from_pretrained(chain / "base")
-    encoder, totals = Encoder(processor), []
+    encoder, totals = Encoder(processor, 112), []
     for prompt, completion, images in zip(examples.prompts, examples.completions, examples.images, strict=True):
         pictures = [Image.fromarray(examples.pixels[number]) for number in images]
         text = encoder.prompt_text(prompt, len(pictures)) + completion + "<end_of_turn>"
@@ -87,7 +87,7 @@ def test_lengths_are_those_of_the_processor(chain: Path, tmp_path: Path) -> None
 
 
 def test_a_count_that_the_processor_does_not_share_is_an_error(chain: Path) -> None:
-    encoder = Encoder(AutoProcessor.from_pretrained(chain / "base"))
+    encoder = Encoder(AutoProcessor.from_pretrained(chain / "base"), 112)
     count = len(encoder.encode("Where is the carrot?", "", 1).prompt)
     compare_with_processor(Length("a", "Where is the carrot?", 1, count, 1), encoder, 112)
     with pytest.raises(DataError, match=f"makes {count} tokens"):
@@ -127,7 +127,7 @@ def reference(base: Path, examples: object, place: int, ids: list[int]) -> float
     prompts, images, pixels = (getattr(examples, name) for name in ("prompts", "images", "pixels"))
     processor = AutoProcessor.from_pretrained(base)
     pictures = [Image.fromarray(pixels[number]) for number in images[place]]
-    text = Encoder(processor).prompt_text(prompts[place], len(pictures))
+    text = Encoder(processor, 112).prompt_text(prompts[place], len(pictures))
     inputs = dict(processor(text=[text], images=[pictures], add_special_tokens=False, return_tensors="pt"))
     start, answer = inputs["input_ids"].shape[1], torch.tensor([ids])
     for name, more in (("input_ids", answer), ("token_type_ids", 0 * answer), ("attention_mask", 0 * answer + 1)):
@@ -143,7 +143,7 @@ def test_the_least_likely_tokens_are_less_likely_than_any_other(chain: Path, tmp
     book = json.loads((tmp_path / "out" / "least_likely.json").read_text())
     assert len(set(book["ids"])) == 16 and book["mean_probability"] == sorted(book["mean_probability"])
     examples = load_examples(chain / "examples", 112, ("actions",))
-    model = LoadedModel(chain / "base", None)
+    model = LoadedModel(chain / "base", None, 112)
     tokens = {
         place: model.encoder.encode(examples.prompts[place], examples.completions[place], 1)
         for place in range(len(examples))
@@ -157,7 +157,7 @@ def test_the_least_likely_tokens_are_less_likely_than_any_other(chain: Path, tmp
 
 
 def test_log_probabilities_sum_to_one_at_every_position(chain: Path) -> None:
-    model = LoadedModel(chain / "base", None)
+    model = LoadedModel(chain / "base", None, 112)
     examples = load_examples(chain / "examples", 112, ("actions",))
     short = {0: Tokens(model.encoder.encode(examples.prompts[0], "", 1).prompt, np.asarray([300, 301], dtype=np.int32))}
     (found,) = model.log_probabilities(Collator(examples, short, model.encoder.processor)([{"example": 0}]))

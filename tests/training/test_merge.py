@@ -48,7 +48,7 @@ def scores(folder: Path) -> list[list[float]]:
     """ln p of the twin's stored answers under a whole model, from the processor's own inputs."""
     processor: Any = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    encoder, found = Encoder(processor), []
+    encoder, found = Encoder(processor, 112), []
     for index, reference in enumerate(ModelCard.read(ADAPTER).reference_logprobs or ()):
         text = encoder.prompt_text(PROBE_PROMPTS[index], 1) + reference.completion + "<end_of_turn>"
         picture = Image.fromarray(probe_image(index, 112))

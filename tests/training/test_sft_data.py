@@ -23,7 +23,7 @@ SIZE_PX = 112
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
     folder = tmp_path_factory.mktemp("base")
     write_random_base(folder)
-    return Encoder(AutoProcessor.from_pretrained(folder))
+    return Encoder(AutoProcessor.from_pretrained(folder), SIZE_PX)
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,7 @@ def by_hand(data: Path, line: dict[str, Any]) -> float:
         for step in pair.example.images
     ]
     processor: Any = AutoProcessor.from_pretrained(BASE)
-    encoder = Encoder(processor)
+    encoder = Encoder(processor, 112)
     model = AutoModelForImageTextToText.from_pretrained(BASE, dtype=torch.float32).eval()
     found = []
     for word in ("true", "false"):

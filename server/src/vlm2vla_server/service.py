@@ -31,6 +31,9 @@ log = logging.getLogger("vlm2vla_server")
 CUT_TIMEOUT_S = 2.0
 """How long requests that were ended may take to leave."""
 RESIZING_THREADS = 4
+ANY_SIZE = 448
+"""Side in pixels of the pictures of a model that takes any, without card and adapter: whole patches of 14 and of 16
+pixels, merged two by two."""
 
 
 class ServedAdapterInfo(AdapterInfo):
@@ -318,21 +321,23 @@ def read_cards(settings: Settings) -> dict[str, ModelCard]:
     folder = settings.require_model()
     cards: dict[str, ModelCard] = {}
     try:
-        has_card = (folder / MODEL_CARD_FILE).is_file()
-        cards[BASE_MODEL_NAME] = ModelCard.read(folder) if has_card else _untouched_card(folder)
         for name, path in settings.adapters:
             cards[name] = ModelCard.read(path)
+        has_card = (folder / MODEL_CARD_FILE).is_file()
+        any_size = max((card.image_size for card in cards.values()), default=ANY_SIZE)
+        base = ModelCard.read(folder) if has_card else _untouched_card(folder, any_size)
     except ModelCardError as problem:
         raise ConfigurationError(str(problem)) from problem
-    return cards
+    return {BASE_MODEL_NAME: base, **cards}
 
 
-def _untouched_card(folder: Path) -> ModelCard:
+def _untouched_card(folder: Path, any_size: int) -> ModelCard:
+    """any_size: of the pictures of a model that has no own size."""
     try:
-        size = int(json.loads((folder / "config.json").read_text(encoding="utf-8"))["vision_config"]["image_size"])
-    except (OSError, ValueError, KeyError, TypeError) as problem:
+        size = int(json.loads((folder / "config.json").read_text())["vision_config"].get("image_size", any_size))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         raise ConfigurationError(
-            f"{folder} has neither a {MODEL_CARD_FILE} nor a config.json with vision_config.image_size"
+            f"{folder} has neither a {MODEL_CARD_FILE} nor a config.json with a vision_config"
         ) from problem
     return ModelCard(name=folder.resolve().name, base_model=folder.resolve().name, image_size=size)
 

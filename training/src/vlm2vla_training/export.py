@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from vlm2vla_schema.prompts import PROMPT_VERSIONS
 from vlm2vla_schema.types import ModelCard, ReferenceLogprobs, Stage
+from vlm2vla_training.bases import read_base
 from vlm2vla_training.curation.examples import DIGIT_MAP
 from vlm2vla_training.errors import DataError, UsageError
 from vlm2vla_training.export_report import Prediction, measured, predicted, write_report
@@ -53,7 +54,7 @@ def _export_run(args: argparse.Namespace) -> int:
     if (args.episodes is None) != (args.annotated is None):
         raise UsageError("predicted paths need both --episodes and --annotated")
     base = args.base or Path(summary["base_path"])
-    base_card = ModelCard.read(base)
+    base_card = read_base(base, summary.get("image_size"))
     if base_card.base_hash != summary["base_hash"]:
         raise UsageError(f"{base} is not the base of this run: its hash differs; give --base")
     metrics = read_json(args.metrics) if args.metrics else {}
@@ -125,7 +126,7 @@ def _export_adapter(args: argparse.Namespace) -> int:
             "--adapter adds references, measured on its base, or merges with it: it needs --base and, without --format "
             "merged or merged-fp8, no --no-references"
         )
-    found = ModelCard.read(args.base).base_hash
+    found = read_base(args.base, card.image_size).base_hash
     if card.base_hash is not None and found != card.base_hash:
         raise UsageError(f"{args.base} is not the base of {card.name!r}: its card names another hash; give --base")
     if args.dry_run:

@@ -50,7 +50,7 @@ def predicted(args: argparse.Namespace, base: Path, adapter: Path | None, card: 
     if missing:
         raise DataError(f"{args.episodes} lacks {len(missing)} annotated episodes, for example {missing[0]}")
     given = read_projection(args.camera) if args.camera else None
-    model = LoadedModel(base, adapter, args.device)
+    model = LoadedModel(base, adapter, card.image_size, args.device)
     found = []
     skip = frozenset(dataset.keys()) - frozenset(chosen)
     for episode in track(dataset.episodes(skip), len(chosen), "export: predictions"):

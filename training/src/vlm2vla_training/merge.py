@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
+from vlm2vla_training.bases import copy_processor
 from vlm2vla_training.jsonio import read_json, write_json
 from vlm2vla_training.servable import write_servable_names
 
@@ -50,7 +51,7 @@ def write_merged(
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
     model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
-    AutoProcessor.from_pretrained(base).save_pretrained(folder)
+    copy_processor(base, folder)
     set_dtype(folder / "config.json", dtype)
     write_servable_names(folder)
     if fp8:

@@ -16,14 +16,15 @@ import torch
 from numpy.typing import NDArray
 from peft import PeftModel
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
 from vlm2vla_schema.images import to_base64
 from vlm2vla_schema.probes import CLOSER_THAN_BASE, PROBE_PROMPTS, probe_image, tolerance_nat
 from vlm2vla_schema.types import ReferenceLogprobs
+from vlm2vla_training.bases import load_processor
 from vlm2vla_training.curation.dataset import encode_png
 from vlm2vla_training.errors import DataError
-from vlm2vla_training.sft_data import Encoder, image_token
+from vlm2vla_training.sft_data import KINDS, Encoder, image_token
 
 REFERENCE_TOKENS = 32
 
@@ -122,7 +123,7 @@ class _Asked:
     """A model that answers the probes."""
 
     def __init__(self, model: Path, adapter: Path | None, image_size: int, device: str) -> None:
-        self.encoder = Encoder(AutoProcessor.from_pretrained(model))
+        self.encoder = Encoder(load_processor(model), image_size)
         network = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
         if adapter is not None:
             network = PeftModel.from_pretrained(network, str(adapter))
@@ -168,8 +169,8 @@ class _Asked:
         start, inputs = prompt["input_ids"].shape[1], dict(prompt)
         inputs["input_ids"] = torch.cat([prompt["input_ids"], tail], dim=1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        if "token_type_ids" in inputs:
-            inputs["token_type_ids"] = torch.cat([prompt["token_type_ids"], torch.zeros_like(tail)], dim=1)
+        for name in (name for name in KINDS if name in inputs):
+            inputs[name] = torch.cat([prompt[name], torch.zeros_like(tail)], dim=1)
         logits = self._model(**inputs).logits[0, start - 1 : -1].float()
         rows = torch.log_softmax(logits, dim=-1)
         return [round(float(value), 6) for value in rows.gather(1, tail[0][:, None])[:, 0]]

@@ -31,7 +31,6 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
-    AutoProcessor,
     BitsAndBytesConfig,
     PrinterCallback,
     TrainerCallback,
@@ -40,6 +39,7 @@ from transformers.integrations import TensorBoardCallback
 from trl import SFTConfig, SFTTrainer
 
 from vlm2vla_schema.types import ModelCard
+from vlm2vla_training.bases import copy_processor, curated_size, load_processor, read_base
 from vlm2vla_training.cpu_attention import CPU_ATTENTION
 from vlm2vla_training.curation.dataset import ExampleSet, load_examples
 from vlm2vla_training.errors import DataError, UsageError
@@ -189,13 +189,13 @@ def run_sft(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     preset = chosen_preset(args)
-    card = ModelCard.read(args.base)
+    card = read_base(args.base, curated_size(args.examples[0]))
     kinds = tuple(args.kinds.split(",")) if args.kinds else None
     examples = merged([load_examples(folder, card.image_size, kinds) for folder in args.examples])
     settings = run_settings(args, preset, card)
     check_base(args, preset)
-    processor = AutoProcessor.from_pretrained(args.base)
-    encoder = Encoder(processor)
+    processor = load_processor(args.base)
+    encoder = Encoder(processor, card.image_size)
     encoded = encode_all(examples, encoder, preset.max_tokens)
     lengths = [len(tokens) for tokens in encoded]
     training, held_out = split_by_episode(examples.episode_keys, args.held_out)
@@ -204,6 +204,7 @@ def run_sft(args: argparse.Namespace) -> int:
         "examples": len(examples),
         "images": len(examples.pixels),
         "kinds": dict(Counter(examples.kinds)),
+        "image_size": card.image_size,
     }
     counts["held_out_examples"] = len(held_out)
     counts["tokens"] = {"mean": round(float(np.mean(lengths)), 1), "max": max(lengths)}
@@ -228,7 +229,7 @@ def run_sft(args: argparse.Namespace) -> int:
     if not first:
         return 0
     target = args.out / ("model" if preset.full else "adapter")
-    save(trainer, processor, target)
+    save(trainer, args.base, target)
     losses = logged(args.out / LOG_FILE, "loss") or [float(result.training_loss)]
     held_out_losses = logged(args.out / LOG_FILE, "eval_loss")
     summary = {
@@ -321,7 +322,7 @@ def run_settings(args: argparse.Namespace, preset: Preset, base: ModelCard) -> d
 
 
 def check_base(args: argparse.Namespace, preset: Preset) -> None:
-    """Refuse a base that the preset or the encoder is not for, before anything large is read.
+    """Refuse a base that the preset is not for, before anything large is read.
 
     Raises:
         UsageError: see the message.
@@ -329,11 +330,6 @@ def check_base(args: argparse.Namespace, preset: Preset) -> None:
     config = AutoConfig.from_pretrained(args.base)
     if preset.model_type not in (None, config.model_type):
         raise UsageError(f"preset {args.preset!r} is for {preset.model_type}, {args.base} is {config.model_type}")
-    if config.model_type != "gemma3":
-        raise UsageError(
-            f"{args.base} is {config.model_type}; examples are encoded for gemma3 only so far (its image tokens and "
-            "its end of turn), although the adapter's scopes are counted for qwen3_vl too"
-        )
     if not preset.full:
         expected_modules(config, preset.scope)
     if preset.weights == "nf4" and (importlib.util.find_spec("bitsandbytes") is None or not torch.cuda.is_available()):
@@ -528,13 +524,13 @@ def trim_log(path: Path, checkpoint: Path | None) -> None:
     os.replace(partial, path)
 
 
-def save(trainer: SFTTrainer, processor: Any, target: Path) -> None:
+def save(trainer: SFTTrainer, base: Path, target: Path) -> None:
     """Write the adapter or the whole model; a full model gets its processor, an adapter uses the base's."""
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     trainer.model.save_pretrained(partial)
     if target.name == "model":
-        processor.save_pretrained(partial)
+        copy_processor(base, partial)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)

@@ -15,12 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from vlm2vla_schema.templates import answers_at_once, end_of_turn, template_options
 from vlm2vla_training.curation.dataset import ExampleSet
-from vlm2vla_training.errors import DataError
+from vlm2vla_training.errors import DataError, UsageError
 
 _IGNORED = -100
 NAMED = 5
 """Of the examples that are too long so many are named."""
+KINDS = ("token_type_ids", "mm_token_type_ids")
+"""Names under which processors mark what each token is of: 0 text, 1 a picture."""
 
 
 @dataclass(frozen=True)
@@ -39,42 +42,60 @@ def image_token(processor: Any) -> int:
     """The id of a picture's soft tokens. `processor.image_token_id` of Gemma 3 is that of <start_of_image> instead: the
     token that stands for a picture before it is expanded.
     """
-    return int(processor.tokenizer.image_token_id)
+    return int(processor.image_token_ids[0])
 
 
 class Encoder:
     """Turns prompts and completions into token ids with a processor's chat template; equal prompts are encoded once."""
 
-    def __init__(self, processor: Any) -> None:
-        """Read the template's pieces from `processor` (a Gemma3Processor)."""
+    def __init__(self, processor: Any, image_size: int) -> None:
+        """Read the template's pieces, and what a picture of `image_size` pixels a side becomes, from `processor`.
+
+        Raises:
+            UsageError: the template does not let the model answer at once, or ends no turn by a token of its own.
+        """
+        if not answers_at_once(processor):
+            raise UsageError(
+                "the base's chat template opens a thought where the answer should begin; take a model that answers at "
+                "once (of Qwen's, Instruct and not Thinking)"
+            )
+        found = end_of_turn(processor)
+        if found is None:
+            raise UsageError("the base's chat template writes no token of its own behind an answer")
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.end_of_turn = "<end_of_turn>"
+        self.end_of_turn = found[1]
+        blank = processor.image_processor([Image.new("RGB", (image_size, image_size))], return_tensors="np")
+        self._picture = str(processor.replace_image_token(blank, 0))
+        ids = [*processor.image_token_ids, *processor.video_token_ids, *processor.audio_token_ids]
+        self._foreign = frozenset(int(token) for token in ids if token is not None)
         self._prompts: dict[tuple[str, int], NDArray[np.int32]] = {}
 
     def prompt_text(self, prompt: str, images: int) -> str:
         """Render one user turn with its pictures in front, ready for the answer."""
         content = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
-        text = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
-        return str(text)
+        turns, options = [{"role": "user", "content": content}], template_options(self.processor)
+        return str(self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **options))
 
     def encode(self, prompt: str, completion: str, images: int) -> Tokens:
         """Encode one example.
 
         Raises:
-            DataError: the answer holds an image token, which would carry loss.
+            DataError: the answer holds an image token, which would carry loss, or the prompt one that is no picture's.
         """
         key = (prompt, images)
         if key not in self._prompts:
-            text = self.prompt_text(prompt, images)
-            self._prompts[key] = self._ids(text.replace(self.processor.boi_token, self.processor.full_image_sequence))
-        # The template trims text, hence so do we.
+            self._prompts[key] = self._prompt(prompt, images)
+        # Some templates trim text, hence so do we.
         answer = self._ids(completion.strip() + self.end_of_turn)
-        if image_token(self.processor) in answer:
-            raise DataError(f"the answer {completion[:80]!r} holds the image token; answers are text only")
+        if not self._foreign.isdisjoint(answer.tolist()):
+            raise DataError(f"the answer {completion[:80]!r} holds an image token; answers are text only")
         return Tokens(self._prompts[key], answer)
+
+    def _prompt(self, prompt: str, images: int) -> NDArray[np.int32]:
+        if not self._foreign.isdisjoint(self._ids(prompt).tolist()) or self.processor.image_token in prompt:
+            raise DataError(f"the prompt {prompt[:80]!r} holds an image token as text")
+        return self._ids(self.prompt_text(prompt, images).replace(self.processor.image_token, self._picture))
 
     def _ids(self, text: str) -> NDArray[np.int32]:
         return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
@@ -110,14 +131,19 @@ class Collator:
         self._encoded = encoded
         self._pad = int(processor.tokenizer.pad_token_id)
         self._image_token = image_token(processor)
-        image = processor.image_processor
+        self._kinds = [name for name in KINDS if name in processor(text=["?"])]
+        image = self._image_processor = processor.image_processor
+        # Of most models a picture is one array, and only its colours are changed; of others it becomes rows of patches.
+        size = examples.pixels.shape[1] if len(examples.pixels) else 0
+        blank = image([Image.new("RGB", (size, size))], return_tensors="np")["pixel_values"] if size else np.zeros(0)
+        self._is_plain = blank.shape == (1, 3, size, size)
         scale = float(image.rescale_factor)
         mean, std = np.asarray(image.image_mean), np.asarray(image.image_std)
         self._gain = (scale / std).astype(np.float32).reshape(1, 3, 1, 1)
         self._bias = (-mean / std).astype(np.float32).reshape(1, 3, 1, 1)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, NDArray[Any]]:
-        """Return input_ids, attention_mask, token_type_ids, labels [B, L] and pixel_values [images, 3, S, S]."""
+        """Return input_ids, attention_mask, labels and the marks of image tokens by their name [B, L]; `pictures`."""
         indices = [int(row["example"]) for row in rows]
         width = max(len(self._encoded[index]) for index in indices)
         ids = np.full((len(indices), width), self._pad, dtype=np.int64)
@@ -132,13 +158,20 @@ class Collator:
         batch: dict[str, NDArray[Any]] = {
             "input_ids": ids,
             "attention_mask": mask,
-            "token_type_ids": (ids == self._image_token).astype(np.int64),
             "labels": labels,
         }
+        batch |= dict.fromkeys(self._kinds, (ids == self._image_token).astype(np.int64))
         pictures = [number for index in indices for number in self._examples.images[index]]
-        if pictures:
-            batch["pixel_values"] = self.pixel_values(self._examples.pixels[pictures])
-        return batch
+        return batch | self.pictures(self._examples.pixels[pictures]) if pictures else batch
+
+    def pictures(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+        """Turn uint8 [N, S, S, 3] into what the model takes, by name: pixel_values [N, 3, S, S], or the processor's own
+        arrays where these are others: pixel_values [patches, values] and a grid [N, 3] of time, rows and columns.
+        """
+        if self._is_plain:
+            return {"pixel_values": self.pixel_values(pixels)}
+        made = self._image_processor([Image.fromarray(one) for one in pixels], return_tensors="np")
+        return {str(name): np.asarray(array) for name, array in made.items()}
 
     def pixel_values(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Normalise uint8 [N, S, S, 3] as the processor would, to float32 [N, 3, S, S]."""
@@ -158,7 +191,7 @@ def dump(examples: ExampleSet, collator: Collator, encoder: Encoder, count: int)
 
 def decoded(examples: ExampleSet, collator: Collator, encoder: Encoder, index: int) -> str:
     """One example as the model gets it: decoded ids, what carries loss between "[[[" and "]]]", runs of image tokens as
-    "<image_soft_token> x N". Read from a batch's labels, not from what they were made of.
+    the token's text and " x N". Read from a batch's labels, not from what they were made of.
     """
     batch = collator([{"example": index}])
     ids, labels = batch["input_ids"][0], batch["labels"][0]
@@ -168,7 +201,7 @@ def decoded(examples: ExampleSet, collator: Collator, encoder: Encoder, index: i
     for end in [*(int(edge) + 1 for edge in edges), len(ids)]:
         piece = encoder.tokenizer.decode(ids[start:end].tolist(), skip_special_tokens=False)
         if ids[start] == soft:
-            piece = f"<image_soft_token> x {end - start}"
+            piece = f"{encoder.tokenizer.convert_ids_to_tokens(soft)} x {end - start}"
         text += piece if labels[start] == _IGNORED else f"[[[{piece}]]]"
         start = end
     tokens, loss = len(ids), int(np.count_nonzero(labels != _IGNORED))
@@ -191,15 +224,17 @@ def check_parity(examples: ExampleSet, collator: Collator, encoder: Encoder) -> 
         ours = encoder.encode(examples.prompts[index], "", len(images)).prompt
         if theirs["input_ids"][0].tolist() != ours.tolist():
             raise DataError(f"example {index}: our prompt tokens differ from the processor's; the template has changed")
-        types = collator([{"example": index}])["token_type_ids"][0]
-        if theirs["token_type_ids"][0].tolist() != types[: len(ours)].tolist() or types[len(ours) :].any():
-            raise DataError(
-                f"example {index}: other tokens count as a picture's than the processor's: the attention differs"
-            )
-        if images:
-            mine = collator.pixel_values(examples.pixels[examples.images[index]])
-            if mine.shape != theirs["pixel_values"].shape or not np.allclose(mine, theirs["pixel_values"], atol=1e-4):
+        batch = collator([{"example": index}])
+        for name in (name for name in KINDS if name in theirs):
+            types = batch.get(name, np.full((1, len(ours) + 1), -1))[0]
+            if theirs[name][0].tolist() != types[: len(ours)].tolist() or types[len(ours) :].any():
                 raise DataError(
-                    f"example {index}: our pixel values {tuple(mine.shape)} differ from the processor's "
-                    f"{tuple(theirs['pixel_values'].shape)}; is the base's image_size that of its processor?"
+                    f"example {index}: other tokens count as a picture's than the processor's: the attention differs"
+                )
+        mine = collator.pictures(examples.pixels[examples.images[index]]) if images else {}
+        for name, array in mine.items():
+            if array.shape != theirs[name].shape or not np.allclose(array, theirs[name], atol=1e-4):
+                raise DataError(
+                    f"example {index}: our {name.replace('_', ' ')} {array.shape} differ from the processor's "
+                    f"{theirs[name].shape}; is the base's image_size that of its processor?"
                 )

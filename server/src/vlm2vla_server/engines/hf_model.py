@@ -1,8 +1,8 @@
 """A Hugging Face vision-language model with PEFT adapters, run synchronously by one thread.
 
-Written for Gemma 3 (`AutoModelForImageTextToText`, `AutoProcessor`); another model whose processor has a chat template
-and whose image tokens are marked by `token_type_ids` is configuration. Everything here blocks: `transformers_engine`
-runs it on its worker thread.
+Any model of `AutoModelForImageTextToText` whose processor has a chat template and marks image tokens (`KINDS`); the
+architectures of Gemma 3 and Qwen3-VL have been run. Everything here blocks: `transformers_engine` runs it on its worker
+thread.
 """
 
 from __future__ import annotations
@@ -10,24 +10,25 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from PIL import Image
 
 from vlm2vla_server.engines.adapters import LoadedAdapter, load_adapter
-from vlm2vla_server.engines.base import Conversation, EngineStartError, GenerationError, PromptRefused, PromptTooLong
+from vlm2vla_server.engines.base import Conversation, EngineStartError, GenerationError, PromptTooLong
 from vlm2vla_server.engines.decoding import control_tokens
+from vlm2vla_server.engines.processors import apply_template, load_processor, picture_options, quietly_load, stop_ids
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KINDS = ("token_type_ids", "mm_token_type_ids")
+"""Names under which processors mark what each token is of: 0 text, 1 a picture."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,33 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as the model takes it. ids: int64 [1, T]; kinds: int64 [1, T], 1 on image tokens; pixels: float
-    [N, 3, S, S] or None; split: number of leading tokens up to and including the last image token."""
+    """A prompt as the model takes it.
+
+    ids: int64 [1, T]. kinds: the processor's mark of image tokens, int64 [1, T], by its name. pictures: whatever else
+    the processor made, by name: pixel values, and for some models their grid; empty without images. positions: int64
+    [axes, 1, T] for models that lay pictures out over several axes, else None: the model then counts tokens. split:
+    number of leading tokens up to and including the last image token.
+    """
 
     ids: torch.Tensor
-    kinds: torch.Tensor
-    pixels: torch.Tensor | None
+    kinds: Mapping[str, torch.Tensor]
+    pictures: Mapping[str, torch.Tensor]
+    positions: torch.Tensor | None
     split: int
 
     @property
     def length(self) -> int:
         """Number of tokens."""
         return int(self.ids.shape[1])
+
+
+@dataclass
+class Reading:
+    """What the model has read. cache: keys and values, which grow in place. next_place: position of the token that
+    comes next, int64 [axes, 1, 1], or None where the model counts by itself."""
+
+    cache: Any
+    next_place: torch.Tensor | None
 
 
 class HFModel:
@@ -68,7 +84,7 @@ class HFModel:
         if self.dtype_name not in DTYPES:
             raise EngineStartError(f"dtype {options.dtype!r}: expected auto, {', '.join(DTYPES)}")
         torch.set_num_threads(max(1, options.threads))
-        self.processor = quietly_load(transformers.AutoProcessor, options.model)
+        self.processor = load_processor(options.model)
         self.tokenizer = self.processor.tokenizer
         base = quietly_load(transformers.AutoModelForImageTextToText, options.model, dtype=DTYPES[self.dtype_name])
         self.network: Any = base.to(self.device).eval()
@@ -85,7 +101,7 @@ class HFModel:
         text_config = base.config.get_text_config()
         self.logit_width = int(text_config.vocab_size)
         self.context_tokens = int(getattr(text_config, "max_position_embeddings", 131072))
-        self.stop_ids = stop_ids(getattr(base.generation_config, "eos_token_id", None), self.tokenizer)
+        self.stop_ids = stop_ids(getattr(base.generation_config, "eos_token_id", None), self.processor)
         control = control_tokens(self.tokenizer, self.stop_ids)
         self.control_ids, self.control_texts = frozenset(control), frozenset(control.values())
         self._prefixes: OrderedDict[bytes, Any] = OrderedDict()
@@ -101,22 +117,35 @@ class HFModel:
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs={"do_pan_and_scan": False} if images else {},
+            processor_kwargs=picture_options(self.processor) if images else {},
         )
-        ids = inputs["input_ids"].to(self.device)
-        kinds = inputs.get("token_type_ids")
-        kinds = torch.zeros_like(ids) if kinds is None else kinds.to(self.device)
-        marked = torch.nonzero(kinds[0] == 1)
-        split = int(marked[-1]) + 1 if len(marked) else 0
-        pixels = inputs.get("pixel_values")
-        if pixels is not None:
-            pixels = pixels.to(self.device, DTYPES[self.dtype_name])
-        prompt = Prompt(ids, kinds, pixels, split)
+        ids = inputs.pop("input_ids").to(self.device)
+        inputs.pop("attention_mask", None)
+        kinds = {name: inputs.pop(name).to(self.device) for name in KINDS if name in inputs}
+        marked = [int(torch.nonzero(kind[0])[-1]) + 1 for kind in kinds.values() if kind.any()]
+        floats = DTYPES[self.dtype_name]
+        pictures = {
+            name: value.to(self.device, floats if value.is_floating_point() else value.dtype)
+            for name, value in inputs.items()
+        }
+        prompt = Prompt(ids, kinds, pictures, self._positions(ids, kinds, pictures), max(marked, default=0))
         if prompt.length >= self.context_tokens:
             raise PromptTooLong(
                 f"the images and the text take {prompt.length} tokens; this model's context holds {self.context_tokens}"
             )
         return prompt
+
+    def _positions(
+        self, ids: torch.Tensor, kinds: Mapping[str, torch.Tensor], pictures: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor | None:
+        """Positions of the prompt's tokens on every axis, where the model has several. Left to itself such a model
+        keeps the offset of the last picture that it was given, and counts another request's tokens from there."""
+        count = getattr(self.network.model, "get_rope_index", None)
+        if count is None:
+            return None
+        grids = {name: value for name, value in pictures.items() if name.endswith("_grid_thw")}
+        positions: torch.Tensor = count(ids, **kinds, **grids)[0]
+        return positions
 
     @contextmanager
     def using(self, adapter: str | None) -> Iterator[None]:
@@ -137,39 +166,48 @@ class HFModel:
             self._peft.set_adapter(self.adapters[adapter].internal_name)
         self._active = adapter
 
-    def prefill(self, prompt: Prompt) -> tuple[torch.Tensor, Any, int]:
-        """Read the prompt. Returns (logits [vocabulary] of the next token, cache, tokens taken from the prefix cache).
+    def prefill(self, prompt: Prompt) -> tuple[torch.Tensor, Reading, int]:
+        """Read the prompt. Returns (logits [vocabulary] of the next token, reading, tokens taken from the prefixes).
 
         The prompt is always read in two parts, cut after the last image token, so that a prefix taken from the cache
         gives bit for bit what reading it again gives. The second part is plain causal text; only image tokens attend
         in both directions, and they all lie in the first part.
         """
         cache, reused = self._prefix(prompt)
-        logits = self._forward(prompt.ids[:, prompt.split :], cache)
-        return logits, cache, reused
+        rest, place = prompt.positions, None
+        if rest is not None:
+            place = torch.full_like(rest[:, :, :1], int(rest.max()) + 1)
+            rest = rest[:, :, prompt.split :]
+        return self._forward(prompt.ids[:, prompt.split :], cache, rest), Reading(cache, place), reused
 
-    def step(self, token: int, cache: Any) -> torch.Tensor:
-        """Append one token; the logits [vocabulary] of the next. cache changes in place."""
-        return self._forward(torch.tensor([[token]], device=self.device), cache)
+    def step(self, token: int, reading: Reading) -> torch.Tensor:
+        """Append one token; the logits [vocabulary] of the next. The reading changes in place."""
+        place = reading.next_place
+        if place is not None:
+            reading.next_place = place + 1
+        return self._forward(torch.tensor([[token]], device=self.device), reading.cache, place)
 
-    def _forward(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-        output = self.network(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    def _forward(self, ids: torch.Tensor, cache: Any, positions: torch.Tensor | None) -> torch.Tensor:
+        output = self.network(
+            input_ids=ids, **_placed(positions), past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
         logits: torch.Tensor = output.logits[0, -1].to("cpu", torch.float32)
         return logits
 
     def _prefix(self, prompt: Prompt) -> tuple[Any, int]:
-        if prompt.split == 0 or prompt.pixels is None:
+        if prompt.split == 0 or not prompt.pictures:
             return transformers.DynamicCache(config=self.network.config), 0
         key = self._prefix_key(prompt)
         known = self._prefixes.get(key)
         if known is not None:
             self._prefixes.move_to_end(key)
             return _branch(known), prompt.split
-        cache = transformers.DynamicCache(config=self.network.config)
+        cache, positions = transformers.DynamicCache(config=self.network.config), prompt.positions
         self.network(
             input_ids=prompt.ids[:, : prompt.split],
-            token_type_ids=prompt.kinds[:, : prompt.split],
-            pixel_values=prompt.pixels,
+            **{name: kind[:, : prompt.split] for name, kind in prompt.kinds.items()},
+            **prompt.pictures,
+            **_placed(None if positions is None else positions[:, :, : prompt.split]),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
@@ -183,8 +221,10 @@ class HFModel:
     def _prefix_key(self, prompt: Prompt) -> bytes:
         digest = hashlib.sha256(f"{self._active!r};".encode())
         digest.update(prompt.ids[:, : prompt.split].cpu().numpy().tobytes())
-        assert prompt.pixels is not None
-        digest.update(prompt.pixels.to("cpu", torch.float32).numpy().tobytes())
+        for name, value in sorted(prompt.pictures.items()):
+            digest.update(f"{name}{tuple(value.shape)};".encode())
+            plain = value.to("cpu", torch.float32 if value.is_floating_point() else value.dtype)
+            digest.update(plain.numpy().tobytes())
         return digest.digest()
 
     def completion_ids(self, completion: str) -> list[int]:
@@ -194,37 +234,16 @@ class HFModel:
 
     def log_probabilities(self, prompt: Prompt, completion: Sequence[int]) -> list[float]:
         """Natural-log probability of each token of the completion, given the prompt."""
-        logits, cache, _ = self.prefill(prompt)
+        logits, reading, _ = self.prefill(prompt)
         values: list[float] = []
         for token in completion:
             values.append(float(torch.log_softmax(logits, dim=-1)[token]))
-            logits = self.step(token, cache)
+            logits = self.step(token, reading)
         return values
 
 
-def apply_template(
-    processor: Any, images: Sequence[NDArray[np.uint8]], conversation: Conversation, **options: Any
-) -> Any:
-    """The model's own chat template around a conversation, with the answer about to begin. Raises PromptRefused."""
-    try:
-        return processor.apply_chat_template(_messages(images, conversation), add_generation_prompt=True, **options)
-    except jinja2.TemplateError as problem:
-        raise PromptRefused(
-            "the model's chat template refuses this order of turns; most want user and assistant in turn, the user "
-            "first, after at most one system message"
-        ) from problem
-
-
-def _messages(images: Sequence[NDArray[np.uint8]], conversation: Conversation) -> list[dict[str, Any]]:
-    """The conversation as processors take it."""
-    waiting = iter(images)
-
-    def part(text: str | None) -> dict[str, Any]:
-        if text is None:
-            return {"type": "image", "image": Image.fromarray(next(waiting))}
-        return {"type": "text", "text": text}
-
-    return [{"role": turn.role, "content": [part(text) for text in turn.parts]} for turn in conversation]
+def _placed(positions: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    return {} if positions is None else {"position_ids": positions}
 
 
 def _branch(cache: Any) -> Any:
@@ -240,29 +259,6 @@ def _device(name: str) -> str:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise EngineStartError(f"device {name!r}: this torch sees no CUDA device; use --engine-option device=cpu")
     return name
-
-
-def quietly_load(factory: Any, folder: Path, **options: Any) -> Any:
-    """`from_pretrained` from a local folder, never from the network and never running code from the folder."""
-    try:
-        return factory.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as problem:
-        raise EngineStartError(f"cannot load {factory.__name__} from {folder}: {problem}") from problem
-
-
-def stop_ids(configured: Any, tokenizer: Any) -> list[int]:
-    """End-of-turn first, then whatever else ends an answer. configured: `eos_token_id` of the checkpoint's generation
-    settings: one id, several, or None. Raises EngineStartError when nothing ends an answer."""
-    wanted: list[int] = []
-    vocabulary = tokenizer.get_vocab()
-    if "<end_of_turn>" in vocabulary:
-        wanted.append(int(vocabulary["<end_of_turn>"]))
-    for source in (configured, tokenizer.eos_token_id):
-        many = source if isinstance(source, list) else [source]
-        wanted.extend(int(i) for i in many if i is not None)
-    if not wanted:
-        raise EngineStartError("the model names no end-of-turn and no end-of-sequence token")
-    return list(dict.fromkeys(wanted))
 
 
 def folder_hash(folder: Path) -> str:

@@ -92,7 +92,7 @@ class TransformersEngine:
         if outlet.aborted:
             return
         with model.using(request.adapter):
-            logits, cache, cached = model.prefill(prompt)
+            logits, reading, cached = model.prefill(prompt)
             for count in range(1, budget + 1):
                 if outlet.aborted:
                     return
@@ -105,7 +105,7 @@ class TransformersEngine:
                 )
                 if finish or outlet.aborted:
                     return
-                logits = model.step(token, cache)
+                logits = model.step(token, reading)
 
     def _constraint(self, grammar: str | None) -> Constraint | None:
         if grammar is None:

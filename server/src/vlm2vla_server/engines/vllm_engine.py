@@ -41,7 +41,15 @@ from vlm2vla_server.engines.base import (
     ScoreRequest,
 )
 from vlm2vla_server.engines.decoding import Detokenizer, control_tokens
-from vlm2vla_server.engines.hf_model import apply_template, folder_hash, quietly_load, stop_ids
+from vlm2vla_server.engines.hf_model import folder_hash
+from vlm2vla_server.engines.processors import (
+    apply_template,
+    load_processor,
+    picture_options,
+    quietly_load,
+    reads_images_whole,
+    stop_ids,
+)
 from vlm2vla_server.engines.vllm_options import VLLMOptions, engine_arguments
 from vlm2vla_server.errors import ServerError
 
@@ -95,9 +103,9 @@ class VLLMEngine:
 
     def _load(self) -> None:
         model = self._options.model
-        self._processor: Any = quietly_load(transformers.AutoProcessor, model)
+        self._processor: Any = load_processor(model)
         self._tokenizer: Any = self._processor.tokenizer
-        self._stop_ids = stop_ids(_configured_stops(model), self._tokenizer)
+        self._stop_ids = stop_ids(_configured_stops(model), self._processor)
         control = control_tokens(self._tokenizer, self._stop_ids)
         self._control_ids, self._control_texts = frozenset(control), frozenset(control.values())
         for number, (name, folder) in enumerate(self._options.adapters):
@@ -118,7 +126,8 @@ class VLLMEngine:
         self._on_cpu = self._apart.active = bool(current_platform.is_cpu())
         self._device = "cpu" if self._on_cpu else str(current_platform.get_device_name())
         known = [field.name for field in fields(AsyncEngineArgs)]
-        arguments = engine_arguments(self._options, known, on_cpu=self._on_cpu)
+        whole = reads_images_whole(self._processor)
+        arguments = engine_arguments(self._options, known, on_cpu=self._on_cpu, whole_images=whole)
         if self._on_cpu:
             if not vllm_cpu.is_registered():
                 raise EngineStartError(
@@ -234,8 +243,8 @@ class VLLMEngine:
         prompt: dict[str, Any] = {"prompt_token_ids": [*ids, *completion]}
         if images:
             prompt["multi_modal_data"] = {"image": [Image.fromarray(image) for image in images]}
-            if hasattr(self._processor.image_processor, "do_pan_and_scan"):
-                prompt["mm_processor_kwargs"] = {"do_pan_and_scan": False}
+            if options := picture_options(self._processor):
+                prompt["mm_processor_kwargs"] = options
         return prompt
 
     def _sampling(self, request: GenerationRequest) -> Any:

@@ -11,9 +11,10 @@ from typing import Any
 
 import transformers
 
+from vlm2vla_schema.types import MODEL_CARD_FILE, ModelCard
 from vlm2vla_server.engines.adapters import rank_of
 from vlm2vla_server.engines.base import EngineStartError
-from vlm2vla_server.engines.hf_model import quietly_load
+from vlm2vla_server.engines.processors import quietly_load
 
 MAX_IMAGES = 8
 CONTEXT_TOKENS = 8192
@@ -42,12 +43,15 @@ class VLLMOptions:
     engine_options: tuple[tuple[str, str], ...] = ()
 
 
-def engine_arguments(options: VLLMOptions, known: Sequence[str], *, on_cpu: bool) -> dict[str, Any]:
+def engine_arguments(
+    options: VLLMOptions, known: Sequence[str], *, on_cpu: bool, whole_images: bool = True
+) -> dict[str, Any]:
     """The keyword arguments of AsyncEngineArgs: our defaults, the operator's options over them, and what is ours alone.
 
-    known: the names that this vLLM has. Raises EngineStartError on an option that vLLM does not have or that is ours.
+    known: the names that this vLLM has. whole_images: the tokens of an image attend to one another, so they have to be
+    read together. Raises EngineStartError on an option that vLLM does not have or that is ours.
     """
-    arguments = _defaults(options, on_cpu)
+    arguments = _defaults(options, on_cpu, whole_images)
     for name, text in options.engine_options:
         if name in OURS:
             raise EngineStartError(f"--engine-option {name}: the vllm engine sets this itself")
@@ -67,22 +71,30 @@ def engine_arguments(options: VLLMOptions, known: Sequence[str], *, on_cpu: bool
     }
 
 
-def _defaults(options: VLLMOptions, on_cpu: bool) -> dict[str, Any]:
+def _defaults(options: VLLMOptions, on_cpu: bool, whole_images: bool) -> dict[str, Any]:
     config = quietly_load(transformers.AutoConfig, options.model).get_text_config()
     found: dict[str, Any] = {
         "dtype": "float32" if on_cpu else "bfloat16",
         "max_model_len": min(int(getattr(config, "max_position_embeddings", CONTEXT_TOKENS)), CONTEXT_TOKENS),
         "max_num_seqs": max(1, options.max_concurrency // 2),
-        "limit_mm_per_prompt": {"image": MAX_IMAGES},
+        "limit_mm_per_prompt": {"image": _pictures(options), "video": 0},
         "mm_processor_cache_gb": 0.25,  # a robot's frames never come back after their cycle
         "enable_prefix_caching": True,
-        "disable_chunked_mm_input": True,  # the tokens of an image attend to one another, so they are read together
+        "disable_chunked_mm_input": whole_images,  # a model of pictures of any size would not start with it
         "structured_outputs_config": {"backend": "xgrammar"},
     }
     if on_cpu:
         # vLLM's blocks of 128 tokens on CPUs are longer than what two prompts of a cycle share.
         found |= {"enforce_eager": True, "block_size": 32, "kv_cache_memory_bytes": 2**30}
     return found
+
+
+def _pictures(options: VLLMOptions) -> dict[str, int]:
+    """How many pictures a prompt may hold, and how large they are where a card says so: vLLM tries the model on the
+    largest that it takes, which is 4096 x 4096 pixels for some, minutes on a CPU and gigabytes on a GPU."""
+    folders = [options.model, *(folder for _, folder in options.adapters)]
+    sizes = [ModelCard.read(folder).image_size for folder in folders if (folder / MODEL_CARD_FILE).is_file()]
+    return {"count": MAX_IMAGES} | ({"width": max(sizes), "height": max(sizes)} if sizes else {})
 
 
 def option_value(text: str) -> Any:

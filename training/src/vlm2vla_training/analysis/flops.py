@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText
 
+from vlm2vla_training.bases import load_processor
 from vlm2vla_training.errors import UsageError
 from vlm2vla_training.jsonio import read_json
 from vlm2vla_training.sft import PRESETS, Preset, check_adapted, lora_config
@@ -55,7 +56,7 @@ def read_config(base: Path) -> Any:
     """Read a model's configuration from its folder, or from a JSON file that holds only that.
 
     Raises:
-        UsageError: it is not of the Gemma 3 family, which alone `sft` encodes.
+        UsageError: it is not of the Gemma 3 family, whose operations alone are counted.
     """
     if base.is_file():
         values = read_json(base)
@@ -63,7 +64,7 @@ def read_config(base: Path) -> Any:
     else:
         config = AutoConfig.from_pretrained(base)
     if config.model_type != "gemma3":
-        raise UsageError(f"{base} is {config.model_type}; estimates are for gemma3, as is sft")
+        raise UsageError(f"{base} is {config.model_type}; estimates are counted for gemma3 only")
     return config
 
 
@@ -71,7 +72,7 @@ def read_encoder(base: Path) -> Encoder | None:
     """Return the base's own tokenizer and template as sft uses them, or None when `base` holds a configuration only."""
     if base.is_file() or not (base / "tokenizer_config.json").exists():
         return None
-    return Encoder(AutoProcessor.from_pretrained(base))
+    return Encoder(load_processor(base), int(read_config(base).vision_config.image_size))
 
 
 def model_size(config: Any, preset: Preset) -> ModelSize:

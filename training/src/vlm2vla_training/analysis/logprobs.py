@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm2vla_schema.parsing import parse_actions
-from vlm2vla_schema.types import ModelCard
 from vlm2vla_training.analysis.figures import log_probability_figure, save
 from vlm2vla_training.analysis.model import LoadedModel
 from vlm2vla_training.analysis.representations import LABELS, NAMES, Bins, Representations, Rows, least_likely
+from vlm2vla_training.bases import curated_size, read_base
 from vlm2vla_training.curation.dataset import ExampleSet, load_examples
 from vlm2vla_training.errors import UsageError
 from vlm2vla_training.jsonio import JsonlAppender, read_json, read_jsonl, same_run, write_json
@@ -36,7 +36,7 @@ CODEBOOK_FILE = "least_likely.json"
 def run_logprobs(args: argparse.Namespace) -> int:
     """`logprobs`: score, write scores.jsonl, the figure and summary.json; a stopped run goes on where it was."""
     started = time.monotonic()
-    card = ModelCard.read(args.base)
+    card = read_base(args.base, curated_size(args.examples[0]))
     if card.policy:
         raise UsageError(f"{args.base} was trained to act; Fig. 3 is about a model before fine-tuning")
     sources = [read_json(folder / "summary.json") for folder in args.examples]
@@ -57,7 +57,7 @@ def run_logprobs(args: argparse.Namespace) -> int:
     settings = {"base_hash": card.base_hash, "data_hashes": hashes, "actions": len(chosen), "bins": args.bins}
     settings["dtype"] = args.dtype
     same_run(args.out, settings)
-    model = LoadedModel(args.base, None, args.device, args.dtype)
+    model = LoadedModel(args.base, None, card.image_size, args.device, args.dtype)
     bins = Bins.of(np.concatenate([np.asarray(rows) for rows in actions.values()]), args.bins)
     codebook = _codebook(args, model, examples, chosen, card.image_size)
     writer = Representations(model.encoder.tokenizer, bins, codebook)

@@ -10,17 +10,20 @@ import torch
 from numpy.typing import NDArray
 from peft import PeftModel
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
+from vlm2vla_training.bases import load_processor
 from vlm2vla_training.sft_data import Encoder, image_token
 
 
 class LoadedModel:
     """A base, with or without an adapter, and its encoder."""
 
-    def __init__(self, base: Path, adapter: Path | None, device: str = "cpu", dtype: str = "float32") -> None:
-        """Load from local folders; `device` and `dtype` are torch's names."""
-        self.encoder = Encoder(AutoProcessor.from_pretrained(base))
+    def __init__(
+        self, base: Path, adapter: Path | None, image_size: int, device: str = "cpu", dtype: str = "float32"
+    ) -> None:
+        """Load from local folders; `image_size` is the card's, `device` and `dtype` are torch's names."""
+        self.encoder = Encoder(load_processor(base), image_size)
         model = AutoModelForImageTextToText.from_pretrained(base, dtype=getattr(torch, dtype))
         if adapter is not None:
             model = PeftModel.from_pretrained(model, str(adapter))

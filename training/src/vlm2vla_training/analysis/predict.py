@@ -70,7 +70,7 @@ def run_predict(args: argparse.Namespace) -> int:
     }  # fmt: skip
     same_run(args.out, settings)
     drop_unfinished(path)
-    model = LoadedModel(args.base, args.adapter, args.device, args.dtype)
+    model = LoadedModel(args.base, args.adapter, card.image_size, args.device, args.dtype)
     skip = frozenset(dataset.keys()) - frozenset(left)
     found = set()
     with JsonlAppender(path) as file:

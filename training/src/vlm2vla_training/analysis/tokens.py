@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from transformers import AutoProcessor
 
 from vlm2vla_schema.images import to_model_square
-from vlm2vla_schema.types import ModelCard
 from vlm2vla_training.analysis.figures import length_figure, save
+from vlm2vla_training.bases import curated_size, load_processor, read_base
 from vlm2vla_training.curation.dataset import read_examples
 from vlm2vla_training.errors import DataError
 from vlm2vla_training.progress import finish, track
@@ -55,13 +54,13 @@ def run_tokens(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(f"tokens: would count {count} examples with the processor of {args.base}")
         return 0
-    encoder = Encoder(AutoProcessor.from_pretrained(args.base))
+    card = read_base(args.base, curated_size(args.examples[0]))
+    encoder = Encoder(load_processor(args.base), card.image_size)
     kinds: dict[str, list[Length]] = defaultdict(list)
     for row in track((row for table in tables for row in _rows(table)), count, "tokens"):
         found = encoder.encode(row["prompt"], row["completion"], len(row["images"]))
         length = Length(row["episode_key"], row["prompt"], len(row["images"]), len(found.prompt), len(found.answer))
         kinds[row["kind"]].append(length)
-    card = ModelCard.read(args.base)
     for lengths in kinds.values():
         compare_with_processor(max(lengths, key=lambda one: one.prompt), encoder, card.image_size)
     summary = {

@@ -82,7 +82,7 @@ def run_verify_report(args: argparse.Namespace) -> int:
     }  # fmt: skip
     same_run(args.out, settings)
     drop_unfinished(path)
-    model = LoadedModel(args.base, args.adapter, args.device, args.dtype)
+    model = LoadedModel(args.base, args.adapter, card.image_size, args.device, args.dtype)
     options = ExampleOptions(kinds=KINDS, verify_pairs=args.verify_pairs, seed=args.seed)
     skip = frozenset().union(*(dataset.keys() for dataset in datasets)) - frozenset(left)
     episodes = (episode for dataset in datasets for episode in dataset.episodes(skip))
@@ -179,9 +179,7 @@ def _parted(model: LoadedModel, pair: Pair) -> tuple[Tokens, tuple[int, int]]:
     return Tokens(one.prompt, one.answer[: place + 1]), (int(one.answer[place]), int(other.answer[place]))
 
 
-def _write_threshold(
-    adapter: Path, card: ModelCard, lines: Sequence[Mapping[str, Any]], limit: float
-) -> float | None:
+def _write_threshold(adapter: Path, card: ModelCard, lines: Sequence[Mapping[str, Any]], limit: float) -> float | None:
     """Store in the adapter's card the least probability, from one half on, that holds `limit` on all `verify` pairs."""
     margin = at_most([line for line in lines if line["kind"] == "verify"], limit)
     above = math.floor(1e4 / (1 + math.exp(-margin)) + 1) / 1e4 if margin > 0 else None
@@ -191,9 +189,7 @@ def _write_threshold(
     return above
 
 
-def report(
-    lines: Sequence[Mapping[str, Any]], max_false_success: float, threshold: float = 0.5
-) -> dict[str, Any]:
+def report(lines: Sequence[Mapping[str, Any]], max_false_success: float, threshold: float = 0.5) -> dict[str, Any]:
     """Of each kind of example the figures as served, by verb, and at a threshold that keeps false success down.
 
     threshold: the probability from which /verify says "done"; `completion` has none.
