@@ -2,11 +2,11 @@
 
     python bench/ablations.py --results bench/results/ablations
 
-Reads RESULTS/MODEL/trials.jsonl of `vlm2vla-client eval` (main, at, nr, full), RESULTS/vqa/answers.jsonl of
-`vlm2vla-train vqa --models main,at,nr`, and RESULTS/vqa_full/answers.jsonl of the same command on the server of the
-full fine-tune, which is a base of its own there. Prints the tables of models/twin/README.md, writes
-RESULTS/ablations.json and RESULTS/ablations.svg.
-Suites and models that were not measured are left out.
+Reads RESULTS/MODEL/trials.jsonl of `vlm2vla-client eval` (main, at, nr, full) and RESULTS/vqa*/answers.jsonl of
+`vlm2vla-train vqa`, one run or several on the same questions; where the base was asked twice, the first run in
+alphabetical order counts. The full fine-tune is the base of a server of its own, so the base of RESULTS/vqa_full is
+that. Prints the tables of models/twin/README.md, writes RESULTS/ablations.json and RESULTS/ablations.svg. Suites and
+models that were not measured are left out.
 """
 
 from __future__ import annotations
@@ -42,15 +42,17 @@ def trials_of(results: Path) -> dict[str, list[Trial]]:
 
 
 def answers_of(results: Path) -> list[dict[str, Any]]:
-    """All answers; those of the full fine-tune's own server under its name, and asked only what the others were."""
-    path = results / "vqa" / ANSWERS_FILE
-    lines = list(read_jsonl(path)) if path.exists() else []
-    own = results / f"vqa_{FULL}" / ANSWERS_FILE
-    whole = [{**line, "model": FULL} for line in read_jsonl(own)] if own.exists() else []
-    asked = {(line["question"], line["wording"], line["text"]) for line in lines}
-    if whole and {(line["question"], line["wording"], line["text"]) for line in whole} != asked:
-        raise SystemExit(f"{own} and {path} hold different questions; give both runs the same --questions and --seed")
-    return lines + whole
+    """All answers, each model's once; those of the full fine-tune's own server under its name."""
+    found: dict[tuple[str, int, str], dict[str, Any]] = {}
+    texts: dict[tuple[int, str], str] = {}
+    for path in sorted(results.glob(f"vqa*/{ANSWERS_FILE}")):
+        for line in read_jsonl(path):
+            asked = (int(line["question"]), str(line["wording"]))
+            if texts.setdefault(asked, line["text"]) != line["text"]:
+                raise SystemExit(f"{path}: different questions; give every run the same --questions and --seed")
+            model = FULL if path.parent.name == f"vqa_{FULL}" else str(line["model"])
+            found.setdefault((model, *asked), {**line, "model": model})
+    return list(found.values())
 
 
 def success(trials: Mapping[str, Sequence[Trial]]) -> dict[str, dict[str, dict[str, Any]]]:

@@ -65,6 +65,8 @@ def results(tmp_path: Path) -> Path:
     asked = [line for name, count in right.items() for n in range(12) for line in answer(name, n, n < count)]
     write(tmp_path / "vqa" / "answers.jsonl", asked)
     write(tmp_path / "vqa_full" / "answers.jsonl", [line for n in range(12) for line in answer("base", n, n < 1)])
+    again = [line for n in range(12) for line in (*answer("base", n, False), *answer("nr", n, n < 6))]
+    write(tmp_path / "vqa_nr" / "answers.jsonl", again)
     return tmp_path
 
 
@@ -80,7 +82,7 @@ def test_counts_pairs_and_shares_are_those_told(bench: Any, results: Path, capsy
     assert at["mcnemar_p"] == 0.375, "two tails of Binomial(5, 1/2): 2 (1 + 5) / 32"
     assert (nr["seeds"], nr["difference"]) == (4, 0.0), "only seeds that both ran"
     kept = found["retention"]["trained"]["retention"]
-    assert {name: one["all"] for name, one in kept.items()} == {"main": 0.5, "at": 0.8, "full": 0.1}
+    assert {name: one["all"] for name, one in kept.items()} == {"main": 0.5, "at": 0.8, "nr": 0.6, "full": 0.1}
     assert found["retention"]["right_answers_minus_main_trained"]["full"]["difference"] == round(-4 / 12, 4)
     said = capsys.readouterr().out
     assert "| pick_carrot | 8 of 10 (49.0 to 94.3 %), score 1.60 of 2 |" in said
