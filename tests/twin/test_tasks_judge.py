@@ -8,7 +8,7 @@ import pytest
 from twin_drive import Drive, scene
 
 from vlm2vla_twin.physics import World
-from vlm2vla_twin.tasks import SUITES, Judge, Suite, score_of
+from vlm2vla_twin.tasks import SUITES, Judge, Suite, score_of, task_done
 
 PICK, PLATE, LONG = SUITES["pick_carrot"], SUITES["carrot_on_plate"], SUITES["eggplant_pan_fish"]
 LANGUAGE, PICTURE = SUITES["pick_carrot_hi"], SUITES["pick_above_picture"]
@@ -201,3 +201,21 @@ def test_observing_is_cheap() -> None:
     for _ in range(1000):
         judge.observe()
     assert time.process_time() - began_s < 1.0, "a trial has thousands of observations"
+
+
+def test_a_whole_task_is_done_when_its_goal_holds_and_not_before() -> None:
+    goal = PLATE.goal(PLATE.scene(0))
+    _, drive = trial(PLATE, ("carrot", 0.30, 0.0), ("plate", 0.30, 0.12))
+    assert not task_done(drive.world, goal).success, "the carrot is low, but not on the plate"
+    drive.grasp("carrot")
+    drive.by(0.0, 0.0, 0.06)
+    assert task_done(drive.world, PICK.goal(PICK.scene(0))).success and not task_done(drive.world, goal).success
+    drive.by(0.0, 0.12, 0.0)
+    drive.by(0.0, 0.0, -0.05)
+    assert not task_done(drive.world, goal).success, "not released"
+    drive.gripper(True)
+    drive.wait(1.0)
+    drive.by(0.0, 0.0, 0.06)
+    drive.wait(1.0)
+    assert task_done(drive.world, goal).success
+    assert not task_done(World(scene(("carrot", 0.30, 0.0))), goal).success, "no plate in the scene"

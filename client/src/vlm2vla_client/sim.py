@@ -201,7 +201,9 @@ def make_verifier(request: SimRequest, bench: SimBench) -> Verifier:
     Raises:
         ConfigurationError: a verifier that is unknown, was not made by the caller, or lacks its server.
     """
-    ready = {**request.outside, "twin": TwinVerifier(bench.world, bench.camera)}
+    suite = request.choice.suite
+    whole = (request.task, suite.goal(bench.world.spec)) if suite is not None else None
+    ready = {**request.outside, "twin": TwinVerifier(bench.world, bench.camera, whole)}
     return make_chain(request.verifiers, request.connection, request.model, ready)
 
 

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from vlm2vla_schema.types import Verdict
 from vlm2vla_twin.physics import World
 from vlm2vla_twin.tasks.plans import decomposed
-from vlm2vla_twin.tasks.suites import Suite
+from vlm2vla_twin.tasks.suites import Goal, Suite
+from vlm2vla_twin.truth import observe, subtask_done
 
 LIFT_M = 0.05
 HOLD_S = 1.0
@@ -79,15 +81,28 @@ class _Watched:
         self.raised = self.raised or (touched and up_m >= 0.01)
         self.lift.see(touched and up_m >= LIFT_M, now_s)
         if self._target is not None:
-            self.rest.see(not touched and self.raised and self._rests(self._target), now_s)
+            self.rest.see(not touched and self.raised and _rests(world, name, self._target), now_s)
 
-    def _rests(self, target: str) -> bool:
-        world = self._world
-        return (
-            world.inside(self.name, target)
-            and world.resting_on(self.name, target)
-            and world.object_speed_m_s(self.name) <= REST_SPEED_M_S
-        )
+
+def _rests(world: World, name: str, target: str) -> bool:
+    slow = world.object_speed_m_s(name) <= REST_SPEED_M_S
+    return slow and world.inside(name, target) and world.resting_on(name, target)
+
+
+def task_done(world: World, goal: Goal) -> Verdict:
+    """The simulator's verdict on a whole task at this moment: for a policy without reasoning, whose one subtask is its
+    instruction. Looks once and latches nothing: what is to be placed lies there, released; what is to be lifted is held
+    as high as after "Lift".
+    """
+    named = [name for name in (goal.place, goal.target, goal.lift) if name is not None]
+    if not set(named) <= set(world.object_names()):
+        return Verdict(False, "High", "The task names something that is not in this scene.")
+    if goal.place is not None and goal.target is not None:
+        if world.touching(goal.place) or not _rests(world, goal.place, goal.target):
+            return Verdict(False, "High", f"The {goal.place} does not lie released in its place.")
+    if goal.lift is not None:
+        return subtask_done(world, observe(world), f"Lift {goal.lift}", None)
+    return Verdict(True, "High", "The task is done.")
 
 
 class Judge:
