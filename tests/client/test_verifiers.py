@@ -10,6 +10,8 @@ import pytest
 from client_fakes import FakeServer, ScriptedVerifier, body_of, error_response, make_frame, stage
 
 from vlm2vla_client.errors import VerifierError
+from vlm2vla_client.scenes import choose_scene
+from vlm2vla_client.sim import SimBench, SimRequest, make_verifier
 from vlm2vla_client.verifiers.chain import ChainVerifier
 from vlm2vla_client.verifiers.none import NoVerifier
 from vlm2vla_client.verifiers.server import ServerVerifier
@@ -120,3 +122,17 @@ def test_a_chain_checks_only_if_every_member_does() -> None:
     assert not chain.checks and chain.name == "a,none"
     with pytest.raises(ValueError, match="at least one"):
         ChainVerifier([])
+
+
+def test_the_twins_own_verifier_reads_the_instruction_as_the_whole_task() -> None:
+    task = "put the carrot on the yellow plate"
+    choice = choose_scene(task, None, 500_003)
+    bench = SimBench.open(choice, {}, realtime=False, simulated=True)
+    try:
+        verifier = make_verifier(SimRequest(task=task, choice=choice, verifiers=("twin",)), bench)
+        frame = bench.camera.latest(1.0, 5.0)
+        said = {text: verifier.verify(frame, frame, text, None, 5.0) for text in (task, "Lower Carrot to Yellow Plate")}
+    finally:
+        bench.close()
+    assert not said[task].success and "released in its place" in said[task].reasoning
+    assert said["Lower Carrot to Yellow Plate"].success, "it is low already"

@@ -97,9 +97,9 @@ def task_done(world: World, goal: Goal) -> Verdict:
     named = [name for name in (goal.place, goal.target, goal.lift) if name is not None]
     if not set(named) <= set(world.object_names()):
         return Verdict(False, "High", "The task names something that is not in this scene.")
-    if goal.place is not None and goal.target is not None:
-        if world.touching(goal.place) or not _rests(world, goal.place, goal.target):
-            return Verdict(False, "High", f"The {goal.place} does not lie released in its place.")
+    place, target = goal.place, goal.target
+    if place is not None and target is not None and (world.touching(place) or not _rests(world, place, target)):
+        return Verdict(False, "High", f"The {place} does not lie released in its place.")
     if goal.lift is not None:
         return subtask_done(world, observe(world), f"Lift {goal.lift}", None)
     return Verdict(True, "High", "The task is done.")
