@@ -6,7 +6,7 @@ Reads RESULTS/MODEL/trials.jsonl of `vlm2vla-client eval` (main, at, nr, full) a
 `vlm2vla-train vqa`, one run or several on the same questions; where the base was asked twice, the first run in
 alphabetical order counts. The full fine-tune is the base of a server of its own, so the base of RESULTS/vqa_full is
 that. Prints the tables of models/twin/README.md, writes RESULTS/ablations.json and RESULTS/ablations.svg. Suites and
-models that were not measured are left out.
+models that were not measured are left out, and so are trials beyond the first seed that a broken-off run lacks.
 """
 
 from __future__ import annotations
@@ -37,8 +37,17 @@ FULL = "full"
 
 
 def trials_of(results: Path) -> dict[str, list[Trial]]:
-    """The trials of every model that has some, in the order of MODELS."""
-    return {name: read_trials(results / name) for name in MODELS if (results / name / TRIALS).exists()}
+    """The trials of every model that has some, in the order of MODELS; of each suite those before the first gap."""
+    found = {name: read_trials(results / name) for name in MODELS if (results / name / TRIALS).exists()}
+    return {name: [trial for suite in SUITES for trial in unbroken(every, suite)] for name, every in found.items()}
+
+
+def unbroken(trials: Sequence[Trial], suite: str) -> list[Trial]:
+    """A suite's trials by seed without a gap: where a parallel run was broken off, quick trials, which are successes
+    more often, are done beyond slower ones.
+    """
+    ordered = sorted((trial for trial in trials if trial.suite == suite), key=lambda trial: trial.seed)
+    return [trial for place, trial in enumerate(ordered) if trial.seed == ordered[0].seed + place]
 
 
 def answers_of(results: Path) -> list[dict[str, Any]]:
