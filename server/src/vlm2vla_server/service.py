@@ -334,7 +334,7 @@ def read_cards(settings: Settings) -> dict[str, ModelCard]:
 def _untouched_card(folder: Path, any_size: int) -> ModelCard:
     """any_size: of the pictures of a model that has no own size."""
     try:
-        size = int(json.loads((folder / "config.json").read_text())["vision_config"].get("image_size", any_size))
+        size = int(json.loads((folder / "config.json").read_text("utf-8"))["vision_config"].get("image_size", any_size))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         raise ConfigurationError(
             f"{folder} has neither a {MODEL_CARD_FILE} nor a config.json with a vision_config"

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoConfig, AutoProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
+from vlm2vla_schema.processors import without_video
 from vlm2vla_schema.types import MODEL_CARD_FILE, ModelCard
 from vlm2vla_training.errors import UsageError
 from vlm2vla_training.jsonio import read_json
@@ -30,19 +31,7 @@ def load_processor(folder: Path) -> Any:
         whole: Any = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(folder)), None)
         if whole is None or "video_processor" not in whole.get_attributes():
             raise
-    return _without_video(whole).from_pretrained(folder)
-
-
-def _without_video(whole: Any) -> Any:
-    """The processor class with a constructor that knows no video part: transformers reads from its parameters what to
-    load.
-    """
-
-    class Pictures(whole):
-        def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
-            super().__init__(image_processor=image_processor, tokenizer=tokenizer, chat_template=chat_template)
-
-    return Pictures
+    return without_video(whole).from_pretrained(folder)
 
 
 def copy_processor(base: Path, folder: Path) -> None:

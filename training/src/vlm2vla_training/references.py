@@ -20,11 +20,12 @@ from transformers import AutoModelForImageTextToText
 
 from vlm2vla_schema.images import to_base64
 from vlm2vla_schema.probes import CLOSER_THAN_BASE, PROBE_PROMPTS, probe_image, tolerance_nat
+from vlm2vla_schema.processors import TOKEN_TYPES
 from vlm2vla_schema.types import ReferenceLogprobs
 from vlm2vla_training.bases import load_processor
 from vlm2vla_training.curation.dataset import encode_png
 from vlm2vla_training.errors import DataError
-from vlm2vla_training.sft_data import KINDS, Encoder, image_token
+from vlm2vla_training.sft_data import Encoder, image_token
 
 REFERENCE_TOKENS = 32
 
@@ -169,7 +170,7 @@ class _Asked:
         start, inputs = prompt["input_ids"].shape[1], dict(prompt)
         inputs["input_ids"] = torch.cat([prompt["input_ids"], tail], dim=1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        for name in (name for name in KINDS if name in inputs):
+        for name in (name for name in TOKEN_TYPES if name in inputs):
             inputs[name] = torch.cat([prompt[name], torch.zeros_like(tail)], dim=1)
         logits = self._model(**inputs).logits[0, start - 1 : -1].float()
         rows = torch.log_softmax(logits, dim=-1)

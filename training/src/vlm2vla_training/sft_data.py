@@ -15,15 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vlm2vla_schema.templates import answers_at_once, end_of_turn, template_options
+from vlm2vla_schema.processors import TOKEN_TYPES, answers_at_once, end_of_turn, template_options
 from vlm2vla_training.curation.dataset import ExampleSet
 from vlm2vla_training.errors import DataError, UsageError
 
 _IGNORED = -100
 NAMED = 5
 """Of the examples that are too long so many are named."""
-KINDS = ("token_type_ids", "mm_token_type_ids")
-"""Names under which processors mark what each token is of: 0 text, 1 a picture."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ class Collator:
         self._encoded = encoded
         self._pad = int(processor.tokenizer.pad_token_id)
         self._image_token = image_token(processor)
-        self._kinds = [name for name in KINDS if name in processor(text=["?"])]
+        self._kinds = [name for name in TOKEN_TYPES if name in processor(text=["?"])]
         image = self._image_processor = processor.image_processor
         # Of most models a picture is one array, and only its colours are changed; of others it becomes rows of patches.
         size = examples.pixels.shape[1] if len(examples.pixels) else 0
@@ -225,7 +223,7 @@ def check_parity(examples: ExampleSet, collator: Collator, encoder: Encoder) -> 
         if theirs["input_ids"][0].tolist() != ours.tolist():
             raise DataError(f"example {index}: our prompt tokens differ from the processor's; the template has changed")
         batch = collator([{"example": index}])
-        for name in (name for name in KINDS if name in theirs):
+        for name in (name for name in TOKEN_TYPES if name in theirs):
             types = batch.get(name, np.full((1, len(ours) + 1), -1))[0]
             if theirs[name][0].tolist() != types[: len(ours)].tolist() or types[len(ours) :].any():
                 raise DataError(

@@ -1,8 +1,8 @@
 """A Hugging Face vision-language model with PEFT adapters, run synchronously by one thread.
 
-Any model of `AutoModelForImageTextToText` whose processor has a chat template and marks image tokens (`KINDS`); the
-architectures of Gemma 3 and Qwen3-VL have been run. Everything here blocks: `transformers_engine` runs it on its worker
-thread.
+Any model of `AutoModelForImageTextToText` whose processor has a chat template and marks image tokens (`TOKEN_TYPES`);
+the architectures of Gemma 3 and Qwen3-VL have been run. Everything here blocks: `transformers_engine` runs it on its
+worker thread.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
+from vlm2vla_schema.processors import TOKEN_TYPES
 from vlm2vla_server.engines.adapters import LoadedAdapter, load_adapter
 from vlm2vla_server.engines.base import Conversation, EngineStartError, GenerationError, PromptTooLong
 from vlm2vla_server.engines.decoding import control_tokens
 from vlm2vla_server.engines.processors import apply_template, load_processor, picture_options, quietly_load, stop_ids
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-KINDS = ("token_type_ids", "mm_token_type_ids")
-"""Names under which processors mark what each token is of: 0 text, 1 a picture."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ class HFModel:
         )
         ids = inputs.pop("input_ids").to(self.device)
         inputs.pop("attention_mask", None)
-        kinds = {name: inputs.pop(name).to(self.device) for name in KINDS if name in inputs}
+        kinds = {name: inputs.pop(name).to(self.device) for name in TOKEN_TYPES if name in inputs}
         marked = [int(torch.nonzero(kind[0])[-1]) + 1 for kind in kinds.values() if kind.any()]
         floats = DTYPES[self.dtype_name]
         pictures = {

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-from vlm2vla_schema.templates import end_of_turn, template_options
+from vlm2vla_schema.processors import end_of_turn, template_options, without_video
 from vlm2vla_server.engines.base import Conversation, EngineStartError, PromptRefused
 
 
@@ -36,18 +36,7 @@ def load_processor(folder: Path) -> Any:
         whole: Any = PROCESSOR_MAPPING.get(type(quietly_load(transformers.AutoConfig, folder)), None)
         if whole is None or "video_processor" not in whole.get_attributes():
             raise
-    return quietly_load(_without_video(whole), folder)
-
-
-def _without_video(whole: Any) -> Any:
-    """The processor class with a constructor that knows no video part: transformers reads from its parameters what to
-    load."""
-
-    class Pictures(whole):
-        def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
-            super().__init__(image_processor=image_processor, tokenizer=tokenizer, chat_template=chat_template)
-
-    return Pictures
+    return quietly_load(without_video(whole), folder)
 
 
 def apply_template(

@@ -1,4 +1,4 @@
-"""What a model's own chat template does around prompt and answer: one implementation for training and serving.
+"""What training and serving read from a model's own processor: chat template, token types, the parts it has.
 
 A processor here is what transformers calls one; nothing of transformers is imported.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+"""Names under which processors mark what each token is of: 0 text, 1 a picture."""
 _ANSWER = "vlm2vla"
 _THINKING = "enable_thinking"
 
@@ -40,3 +42,14 @@ def answers_at_once(processor: Any) -> bool:
     """Whether an answer stands right behind the prompt. Not so in templates that open a thought there: what is trained
     as an answer would be read as a thought."""
     return _rendered(processor, answered=True).startswith(_rendered(processor, answered=False) + _ANSWER)
+
+
+def without_video(processor_class: Any) -> Any:
+    """A processor class with a constructor that knows no video part: transformers reads from its parameters what to
+    load. For models whose part for videos needs torchvision; frames are pictures here."""
+
+    class Pictures(processor_class):
+        def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
+            super().__init__(image_processor=image_processor, tokenizer=tokenizer, chat_template=chat_template)
+
+    return Pictures
