@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from bench_programs import program
 
 from vlm2vla_client.confirm import Edit, Proposal
 from vlm2vla_client.scenes import choose_scene
 from vlm2vla_twin.expert import Expert
 from vlm2vla_twin.physics import World
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
 ROWS = [[0.0, 0.0, 0.01, 1.0]]
 
 
 @pytest.fixture
 def bench() -> Iterator[Any]:
-    sys.path.insert(0, str(BENCH))
-    try:
-        yield importlib.import_module("edit_recovery")
-    finally:
-        sys.path.remove(str(BENCH))
+    with program("edit_recovery") as module:
+        yield module
 
 
 def scene() -> Expert:

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-BENCH = Path(__file__).resolve().parents[2] / "bench"
+from bench_programs import program
 
 
 @pytest.fixture
 def bench() -> Iterator[Any]:
-    sys.path.insert(0, str(BENCH))
-    try:
-        yield importlib.import_module("execution_jitter")
-    finally:
-        sys.path.remove(str(BENCH))
+    with program("execution_jitter") as module:
+        yield module
 
 
 def test_what_is_beyond_the_commanded_motion_is_counted(bench: Any) -> None:

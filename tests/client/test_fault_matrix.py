@@ -6,15 +6,12 @@ printed by bench/fault_matrix.py and judged there; tests of the deadlines themse
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+from bench_programs import program
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
 FAULTS = [
     "server killed", "server half-open", "server stalled 5 s", "corrupt JSON", "rows reordered", "rows twice",
     "camera frozen", "camera gone", "arm moved since capture", "no IK solution", "disk full", "Gemini: blocked answer",
@@ -26,11 +23,8 @@ FAULTS = [
 def matrix(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("GEMINI_API_KEY", "set again by the matrix")  # so that it is put back
     monkeypatch.setenv("GOOGLE_GEMINI_BASE_URL", "")
-    sys.path.insert(0, str(BENCH))
-    try:
-        yield importlib.import_module("fault_matrix")
-    finally:
-        sys.path.remove(str(BENCH))
+    with program("fault_matrix") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

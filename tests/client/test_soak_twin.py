@@ -12,20 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bench_programs import BENCH, program
 from client_fakes import FakeClock, FakeRobot, make_frame
 
 from vlm2vla_client.recorder import Recorder, read_episode
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
-
 
 @pytest.fixture
 def soak() -> Iterator[Any]:
-    sys.path.insert(0, str(BENCH))
-    try:
-        yield importlib.import_module("soak_twin_episode")
-    finally:
-        sys.path.remove(str(BENCH))
+    with program("soak_twin_episode") as module:
+        yield module
 
 
 class Desk:

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+from bench_programs import program
 
 from vlm2vla_client.evaluation.trials import Trial
 from vlm2vla_twin.tasks import SUITES
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
 SEED = 600_000
 
 
 @pytest.fixture
 def bench() -> Iterator[Any]:
-    sys.path.insert(0, str(BENCH))
-    try:
-        yield importlib.import_module("ablations")
-    finally:
-        sys.path.remove(str(BENCH))
+    with program("ablations") as module:
+        yield module
 
 
 def trial(suite: str, seed: int, success: bool) -> Trial:

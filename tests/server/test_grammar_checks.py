@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from bench_programs import program
 from grammar_probe import Frame, agreement, random_generations
 from PIL import Image
 from server_fakes import ROWS_TEXT, FakeEngine, run
@@ -24,7 +24,6 @@ from vlm2vla_server.engines.base import GenerationRequest
 from vlm2vla_server.engines.hf_model import ModelOptions
 from vlm2vla_server.engines.transformers_engine import TransformersEngine
 
-BENCH = Path(__file__).resolve().parents[2] / "bench" / "grammar_checks.py"
 PROMPT = prompts.actions_prompt("Move to Carrot", "Move forward and down.")
 SUBTASKS = "['Move to Carrot', 'Grasp Carrot']"
 VERDICT = '{"success": false, "confidence": "High", "reasoning": "It is not \\"there\\" yet."}'
@@ -38,12 +37,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bench() -> Any:
-    spec = importlib.util.spec_from_file_location("grammar_checks", BENCH)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def bench() -> Iterator[Any]:
+    with program("grammar_checks") as module:
+        yield module
 
 
 def write_examples(folder: Path, completions: dict[str, list[str]]) -> Path:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from bench_programs import program
 
 from vlm2vla_training.curation.dataset import ExampleSet
 
-PROGRAM = Path(__file__).resolve().parents[2] / "bench" / "difference_image.py"
-
 
 @pytest.fixture
-def bench() -> Any:
-    spec = importlib.util.spec_from_file_location("difference_image", PROGRAM)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def bench() -> Iterator[Any]:
+    with program("difference_image") as module:
+        yield module
 
 
 def test_the_picture_before_follows_from_the_difference_and_the_picture_after(bench: Any) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bench_programs import program
 from transformers import AutoModelForImageTextToText
 
 from vlm2vla_training.analysis.flops import model_size, named_preset
@@ -23,11 +22,8 @@ TWIN = ROOT / "models" / "twin" / "base"
 
 @pytest.fixture
 def bench() -> Iterator[Any]:
-    sys.path.insert(0, str(ROOT / "bench"))
-    try:
-        yield importlib.import_module("training_step")
-    finally:
-        sys.path.remove(str(ROOT / "bench"))
+    with program("training_step") as module:
+        yield module
 
 
 def weights_a_token_passes(config: Any) -> int:
