@@ -28,6 +28,7 @@ FloatArray = NDArray[np.float64]
 HERE = Path(__file__).parent
 SOURCES = [HERE.parents[1] / name / "src" for name in ("shared_schema", "twin")]
 FLAVOURS = ("ros1", "ros2")
+REST_S, REST_LIMIT_S = 0.15, 3.0
 
 
 def python_path(flavour: str) -> str:
@@ -106,6 +107,16 @@ class ArmBench:
     def position(self) -> FloatArray:
         """Where the end effector is measured now."""
         return np.asarray(self.robot.state().ee_position_m)
+
+    def rest(self) -> FloatArray:
+        """Where the end effector comes to rest: a chunk ends when the arm is near enough, not when it stands still."""
+        ends_s, place = time.monotonic() + REST_LIMIT_S, self.position()
+        while time.monotonic() < ends_s:
+            time.sleep(REST_S)
+            before, place = place, self.position()
+            if np.abs(place - before).max() < 1e-6:
+                return place
+        raise AssertionError(f"the arm was not at rest within {REST_LIMIT_S} s")
 
     def executor(self) -> Executor:
         """The client's own executor on this arm."""

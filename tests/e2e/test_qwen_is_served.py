@@ -19,7 +19,7 @@ from vlm2vla_server.settings import Settings
 from vlm2vla_training.cli import main
 from vlm2vla_training.episodes.parquet import EpisodeWriter
 
-LONG = {"deadline_ms": 120_000}
+LONG = {"deadline_ms": 120_000, "max_attempts": 10}  # weights after three steps are nearly random: some plans are blank
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +60,11 @@ def test_what_sft_trained_is_proven_and_answers_every_stage(folders: tuple[Path,
             subtasks, plan = await post("/subtasks"), await post("/motion_plan", max_tokens=8)
             rows = await post("/actions")
             assert all(subtasks["subtasks"]) and all(len(row) == 4 for row in rows["actions"])
-            cached = [answer["usage"]["cached_tokens"] for answer in (subtasks, plan, rows)]  # one picture for all
-            assert cached[0] == 0 and cached[1] == cached[2] > IMAGE_TOKENS
+            # One picture for all, read once: every attempt but the very first finds it.
+            found = [subtasks["attempts"] - 1, plan["attempts"], rows["attempts"]]
+            cached = [answer["usage"]["cached_tokens"] for answer in (subtasks, plan, rows)]
+            prefix = cached[2] // found[2]
+            assert prefix > IMAGE_TOKENS and cached == [times * prefix for times in found]
             verdict = await post("/verify")
             assert isinstance(verdict["success"], bool) and verdict["usage"]["prompt_tokens"] > 2 * IMAGE_TOKENS
 
