@@ -49,6 +49,11 @@ class Pixels:
             self._pairs.append((before, after))
         return self._numbers[before, after]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As an array of all of them would have it."""
+        return (len(self), *self._frames.shape[1:])
+
     def __len__(self) -> int:
         """Return the number of pictures, differences included."""
         return len(self._frames) + len(self._pairs)

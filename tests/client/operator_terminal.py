@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 CLIENT = "import sys; from vlm2vla_client.cli import main; sys.exit(main(sys.argv[1:]))"
+END = b"\x00"
+"""A terminal shows no such byte, and no program here prints it."""
 
 
 class Seat:
@@ -90,7 +92,7 @@ class Seat:
             if found >= 0:
                 return found + len(text)
             if self.process.poll() is not None:
-                time.sleep(0.1)
+                self._read_all()
                 if (found := self.screen.find(text, after)) >= 0:
                     return found + len(text)
                 break
@@ -98,8 +100,17 @@ class Seat:
         raise AssertionError(f"{text!r} was not shown; the screen is:\n{self.screen}")
 
     def wait(self, timeout_s: float = 60.0) -> int:
-        """The program's exit code."""
+        """The program's exit code; the screen holds all that it printed."""
         try:
-            return self.process.wait(timeout_s)
+            code = self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"did not end; the screen is:\n{self.screen}") from None
+        self._read_all()
+        return code
+
+    def _read_all(self) -> None:
+        """Reads to the end of what an ended program printed: a mark behind it has come through the terminal."""
+        os.write(self._program, END)
+        while not self._screen.endswith(END) and self._reader.is_alive():
+            time.sleep(0.001)
+        del self._screen[-len(END) :]

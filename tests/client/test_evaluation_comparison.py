@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from test_evaluation import SEED, made_up
 
 from vlm2vla_client.evaluation.comparison import Run, unpaired_differences, write_comparison
 from vlm2vla_client.evaluation.options import PAPER_TRIALS, trials_of
+from vlm2vla_client.evaluation.plots import latency_boxes
 from vlm2vla_client.evaluation.starts import starts_of
 from vlm2vla_client.evaluation.statistics import barnard, unpaired_difference
 from vlm2vla_client.evaluation.summary import LANGUAGE_GROUP, overridden, summarise
@@ -132,3 +134,9 @@ def test_the_papers_numbers_of_trials() -> None:
     assert trials_of("paper") == PAPER_TRIALS == 30 and trials_of("7") == 7
     with pytest.raises(ValueError):
         trials_of("many")
+
+
+def test_cycles_too_short_for_the_clock_are_drawn_all_the_same() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert latency_boxes({"expert": [0.0, 0.0], "random": [0.0]}).startswith("data:image/svg+xml")

@@ -89,27 +89,32 @@ def test_a_key_at_any_moment_of_a_run_stops_the_motors_until_it_is_let_go_on(tmp
     operator = SpaceHolds(TerminalKeys(program), said.append)
     left, right = [[0.0, 0.05, 0.0, 1.0]] * 2, [[0.0, -0.05, 0.0, 1.0]] * 2
     seen: dict[str, float] = {}
+    over = threading.Event()
 
     def person() -> None:
-        wait_until(lambda: len(bench.logged("group")) >= 2, 30.0)
-        time.sleep(after_s)
+        wait_until(lambda: over.is_set() or len(bench.logged("group")) >= 2, 30.0)
+        if over.wait(after_s):  # the run ended before anybody could press anything
+            return
         os.write(hand, b" ")
         seen["pressed_s"] = time.monotonic()
-        wait_until(lambda: bool(said), 10.0)
+        wait_until(lambda: over.is_set() or bool(said), 10.0)
         time.sleep(1.2)
         seen["resumed_s"] = time.monotonic()
         os.write(hand, b" ")
 
     thread = threading.Thread(target=person, daemon=True)
     thread.start()
-    result = run_on_arm(
-        PhysicalRun("go", speed=0.3, max_cycles=3, operator=operator), bench.robot, WallCamera(),
-        ScriptedPolicy(["go"], [left, right, left, right]), ScriptedVerifier([False]), limits(),
-        tmp_path / "episode", SilentProgress(),
-    )  # fmt: skip
-    thread.join(10.0)
-    os.close(hand)
-    os.close(program)
+    try:
+        result = run_on_arm(
+            PhysicalRun("go", speed=0.3, max_cycles=3, operator=operator), bench.robot, WallCamera(),
+            ScriptedPolicy(["go"], [left, right, left, right]), ScriptedVerifier([False]), limits(),
+            tmp_path / "episode", SilentProgress(),
+        )  # fmt: skip
+    finally:
+        over.set()
+        thread.join(10.0)
+        os.close(hand)
+        os.close(program)
     if any(words in result.message for words in STARVED):
         raise RobotError(result.message)
     assert result.exit_code == 3 and result.cycles == 4, (result, said)

@@ -227,11 +227,11 @@ def cycle_seconds(events: Sequence[Mapping[str, Any]]) -> tuple[list[float], int
         if event["event"] == "request" and event.get("stage") == "cycle":
             asked_s = float(event["t_s"])
         elif asked_s is not None and event["event"] == "answer":
-            seconds.append(round(float(event["t_s"]) - asked_s, 4))  # wall time: a trial's own clock stands still
+            seconds.append(round(float(event["t_s"]) - asked_s, 6))  # wall time: a trial's own clock stands still
             retried += _sampled_again(event.get("answer"))
             asked_s = None
         elif asked_s is not None and event["event"] == "error" and event.get("where") == "cycle":
-            seconds.append(round(float(event["t_s"]) - asked_s, 4))
+            seconds.append(round(float(event["t_s"]) - asked_s, 6))
             retried += 1
             asked_s = None
     return seconds, retried
