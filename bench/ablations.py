@@ -20,6 +20,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.stats import bootstrap
 
 from vlm2vla_client.evaluation.comparison import differences
 from vlm2vla_client.evaluation.statistics import Interval, paired_difference, wilson
@@ -82,19 +83,32 @@ def success(trials: Mapping[str, Sequence[Trial]]) -> dict[str, dict[str, dict[s
 
 
 def against_main(trials: Mapping[str, Sequence[Trial]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Model -> suite -> its success minus main's on the seeds that both ran (Newcombe, McNemar)."""
+    """Model -> suite -> its success minus main's on the seeds that both ran (Newcombe, McNemar), and its score."""
     found = {}
+    scores = {name: {(one.suite, one.seed): one.score for one in every} for name, every in trials.items()}
     for name, every in trials.items():
         if name != "main" and "main" in trials:
             found[name] = {
                 suite: {
                     "seeds": one.n, "only_main": one.only_second, "only_this": one.only_first,
                     "difference": round(one.difference, 4), "newcombe_95": span(one.interval),
-                    "mcnemar_p": round(one.p_value, 5),
+                    "mcnemar_p": float(f"{one.p_value:.4g}"), **score_difference(scores[name], scores["main"], suite),
                 }
                 for suite, one in differences(trials["main"], every).items()
             }  # fmt: skip
     return found
+
+
+def score_difference(
+    scores: Mapping[tuple[str, int], int], main: Mapping[tuple[str, int], int], suite: str
+) -> dict[str, Any]:
+    """Mean difference of the score on the seeds of a suite that both ran, and its bootstrap interval over seeds."""
+    apart = [scores[key] - main[key] for key in sorted(scores.keys() & main.keys()) if key[0] == suite]
+    if len(set(apart)) == 1:
+        low = high = float(apart[0])
+    else:
+        low, high = bootstrap((apart,), np.mean, method="percentile", rng=0).confidence_interval
+    return {"score_difference": round(float(np.mean(apart)), 3), "bootstrap_95": [round(low, 3), round(high, 3)]}
 
 
 def kept(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -112,7 +126,7 @@ def kept(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
             shared = sorted(right[name].keys() & right["main"].keys())
             one = paired_difference([right[name][key] for key in shared], [right["main"][key] for key in shared])
             pairs[name] = {"questions": one.n, "difference": round(one.difference, 4),
-                           "newcombe_95": span(one.interval), "mcnemar_p": round(one.p_value, 5)}  # fmt: skip
+                           "newcombe_95": span(one.interval), "mcnemar_p": float(f"{one.p_value:.4g}")}  # fmt: skip
     result["right_answers_minus_main_trained"] = pairs
     return result
 
@@ -155,7 +169,9 @@ def difference_cell(one: Mapping[str, Any] | None) -> str:
     if one is None:
         return "-"
     low, high = (100 * value for value in one["newcombe_95"])
-    return f"{100 * one['difference']:+.0f} points ({low:+.0f} to {high:+.0f}), p {one['mcnemar_p']:.2g}"
+    least, most = one["bootstrap_95"]
+    points = f"{100 * one['difference']:+.0f} points ({low:+.0f} to {high:+.0f}), p {one['mcnemar_p']:.2g}"
+    return f"{points}; score {one['score_difference']:+.2f} ({least:+.2f} to {most:+.2f})"
 
 
 def kept_cell(one: Mapping[str, Any]) -> str:

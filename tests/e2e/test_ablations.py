@@ -78,6 +78,9 @@ def test_counts_pairs_and_shares_are_those_told(bench: Any, results: Path, capsy
     assert (at["seeds"], at["only_main"], at["only_this"], at["difference"]) == (10, 4, 1, -0.3)
     assert at["mcnemar_p"] == 0.375, "two tails of Binomial(5, 1/2): 2 (1 + 5) / 32"
     assert (nr["seeds"], nr["difference"]) == (4, 0.0), "only seeds that both ran"
+    assert (nr["score_difference"], nr["bootstrap_95"]) == (0.0, [0.0, 0.0])
+    assert at["score_difference"] == -0.6, "four seeds two points less, one two more"
+    assert -1.5 < at["bootstrap_95"][0] < -0.6 < at["bootstrap_95"][1] < 0.5
     kept = found["retention"]["trained"]["retention"]
     assert {name: one["all"] for name, one in kept.items()} == {"main": 0.5, "at": 0.8, "nr": 0.6, "full": 0.1}
     assert found["retention"]["right_answers_minus_main_trained"]["full"]["difference"] == round(-4 / 12, 4)
