@@ -102,6 +102,8 @@ class Watch(TrainerCallback):
 def read_cut(path: Path, layers: int | None) -> Any:
     """The configuration, with only the first `layers` layers of language model and tower."""
     config = read_config(path)
+    if config.model_type != "gemma3":
+        raise SystemExit(f"{path} is {config.model_type}; random batches are made for gemma3 only")
     if layers is not None:
         config.text_config.layer_types = config.text_config.layer_types[:layers]
         config.text_config.num_hidden_layers = layers
@@ -159,7 +161,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         preset = sft.chosen_preset(chosen)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         config = read_cut(args.config, args.layers)
-        size = model_size(config, preset)
+        size = model_size(config, preset, config.vision_config.image_size)
         model = random_model(config, preset.weights, device)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()  # from here on: what training holds, not what making weights took

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
+from PIL import Image
+from qwen_model import write_qwen
 from torch.utils.flop_counter import FlopCounterMode
 from training_fakes import PICK, PLACE, episode_of
 from transformers import AutoModelForImageTextToText
@@ -69,7 +71,7 @@ def test_counts_are_those_of_curate_and_sft(episodes: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("changes", [{"rank": 1}, {"full": True}, {"rank": 1, "scope": "paper"}])
 def test_operations_are_those_that_torch_counts(changes: dict[str, Any]) -> None:
     preset: Preset = dataclasses.replace(named_preset("twin"), **changes)
-    config, encoder = read_config(TWIN), read_encoder(TWIN)
+    config, encoder = read_config(TWIN), read_encoder(TWIN, 0)
     assert encoder is not None
     tokens = encoder.encode("Move to Carrot. " * 20, "[[0.01, 0.0, 0.0, 1.0]]", 1)
     ids = torch.tensor([[*tokens.prompt.tolist(), *tokens.answer.tolist()]])
@@ -81,8 +83,49 @@ def test_operations_are_those_that_torch_counts(changes: dict[str, Any]) -> None
         types = (ids == encoder.processor.tokenizer.image_token_id).long()
         pixels = torch.zeros(1, 3, size_px, size_px)
         model(input_ids=ids, token_type_ids=types, pixel_values=pixels, labels=ids).loss.backward()
-    ours = training_flops(model_size(config, preset), preset, len(tokens), 1)
+    ours = training_flops(model_size(config, preset, 0), preset, len(tokens), 1)
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.06)
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_qwen(tmp_path_factory.mktemp("qwen"))
+
+
+@pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"full": True}, {"scope": "paper"}])
+def test_operations_of_qwen_are_those_that_torch_counts(qwen: Path, changes: dict[str, Any]) -> None:
+    preset: Preset = dataclasses.replace(named_preset("twin"), rank=1, **changes)
+    config, encoder = read_config(qwen), read_encoder(qwen, 256)
+    assert encoder is not None
+    tokens = encoder.encode("Move to Carrot. " * 20, "[[0.01, 0.0, 0.0, 1.0]]", 2)
+    ids = torch.tensor([[*tokens.prompt.tolist(), *tokens.answer.tolist()]])
+    size = model_size(config, preset, 256)
+    assert size.image_tokens == 64 and int((ids == config.image_token_id).sum()) == 128
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").train()
+    if not preset.full:
+        model = get_peft_model(model, lora_config(preset))
+    if preset.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    pictures = encoder.processor.image_processor([Image.new("RGB", (256, 256))] * 2, return_tensors="pt")
+    with FlopCounterMode(display=False) as counter:
+        types = (ids == config.image_token_id).long()
+        model(input_ids=ids, mm_token_type_ids=types, labels=ids, **pictures).loss.backward()
+    assert training_flops(size, preset, len(tokens), 2) == pytest.approx(counter.get_total_flops(), rel=0.06)
+
+
+def test_the_published_qwen_and_pictures_that_it_cannot_see(
+    episodes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--base", str(QWEN), "--preset", "qwen"]
+    report = run(tmp_path / "out", episodes, *more, "--image-size", "448")
+    model = report["model"]
+    assert 8.6e9 < model["parameters"] < 8.9e9 and model["adapted_modules"] == 252 and not model["vision_trained"]
+    assert (model["patches"], model["image_tokens"]) == (784, 196)
+    command = ["estimate", "--episodes", str(episodes), "--out", str(tmp_path / "none"), *more]
+    for size in ("0", "224", "450"):
+        capsys.readouterr()
+        code = main([*command, "--image-size", size])
+        assert (code, "multiple of 32" in capsys.readouterr().err) == ((0, False) if size == "224" else (2, True))
 
 
 def test_the_papers_model_and_a_data_set_of_the_papers_size(
@@ -129,6 +172,7 @@ def test_a_dry_run_writes_nothing(episodes: Path, tmp_path: Path, capsys: pytest
     assert main([*command, "--gpus", "0"]) == 2 and "--gpus 0" in capsys.readouterr().err
 
 
-def test_another_family_is_refused() -> None:
-    with pytest.raises(UsageError, match="gemma3"):
-        read_config(QWEN)
+def test_another_family_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl"}')
+    with pytest.raises(UsageError, match="qwen2_vl; operations are counted for gemma3 and qwen3_vl"):
+        read_config(tmp_path / "config.json")

@@ -69,7 +69,7 @@ def test_pictures_stand_in_front_and_only_the_answer_carries_loss(bench: Any) ->
 
 def test_the_papers_model_by_the_usual_count(bench: Any) -> None:
     preset = named_preset("paper")
-    size = model_size(bench.read_cut(bench.GEMMA, None), preset)
+    size = model_size(bench.read_cut(bench.GEMMA, None), preset, 896)
     # 11.8e9 weights that a token passes, frozen; the adapter's 66e6 with their own gradients.
     assert bench.flops_a_token(size, False) == pytest.approx(4 * 11.77e9 + 6 * size.trained, 1e-3)
     assert bench.flops_a_token(size, True) == pytest.approx(6 * 11.77e9, 1e-3)

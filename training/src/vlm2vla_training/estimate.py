@@ -64,7 +64,7 @@ def run_estimate(args: argparse.Namespace) -> int:
     dataset = EpisodeDataset(args.episodes)
     preset = flops.named_preset(args.preset)
     config = flops.read_config(args.base)
-    size, encoder = flops.model_size(config, preset), flops.read_encoder(args.base)
+    size, encoder = flops.model_size(config, preset, args.image_size), flops.read_encoder(args.base, args.image_size)
     sample = take_sample(dataset, args, preset, encoder, size.image_tokens)
     if not sample.lengths:
         raise UsageError(f"the first {sample.episodes} episodes of {args.episodes} give no example; try --sample")
