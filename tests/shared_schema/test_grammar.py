@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from vlm2vla_schema import grammar
 from vlm2vla_schema.errors import ParseError
+from vlm2vla_schema.limits import PUNCTUATION
 from vlm2vla_schema.parsing import (
     decode_digits,
     encode_digits,
@@ -37,7 +38,7 @@ rows_strategy = st.lists(
     st.tuples(millimetres, millimetres, millimetres, st.sampled_from([0.0, 1.0])).map(list), min_size=1, max_size=32
 )
 written = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=80).filter(
-    lambda text: not text[0].isspace()
+    lambda text: not text[0].isspace() and text[0] not in PUNCTUATION
 )
 verdicts = st.builds(
     Verdict,
@@ -181,6 +182,9 @@ def test_every_canonical_verdict_is_accepted(verdict: Verdict) -> None:
         "['']",
         "[' ']",
         "['\u3000a']",
+        "[', ', 'a']",
+        "['(a)']",
+        "['\\'a']",
         "['\u00a0']",
         '["a"]',
         "['a','b']",

@@ -10,15 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlm2vla_schema.errors import ParseError
+from vlm2vla_schema.limits import PUNCTUATION
 from vlm2vla_schema.parsing import format_subtasks, format_verdict, parse_motion_plan, parse_subtasks, parse_verdict
 from vlm2vla_schema.types import Verdict
 
 subtask = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=80).filter(
-    lambda text: bool(text.strip())
+    lambda text: any(not character.isspace() and character not in PUNCTUATION for character in text)
 )
 subtasks = st.lists(subtask, min_size=1, max_size=20)
 written = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=80).filter(
-    lambda text: not text[0].isspace()
+    lambda text: not text[0].isspace() and text[0] not in PUNCTUATION
 )
 verdicts = st.builds(
     Verdict,
@@ -48,7 +49,9 @@ def test_canonical_subtasks_look_like_the_printed_example() -> None:
     assert format_subtasks(["the pot's \\"]) == r"['the pot\'s \\']"
 
 
-@pytest.mark.parametrize("names", [[], [""], [" "], [" a"], ["a\nb"], ["a\x00"], ["x" * 81], ["x"] * 21, ["\ud800"]])
+@pytest.mark.parametrize(
+    "names", [[], [""], [" "], [" a"], [", "], ["(a)"], ["a\nb"], ["a\x00"], ["x" * 81], ["x"] * 21, ["\ud800"]]
+)
 def test_subtasks_that_cannot_be_written(names: list[str]) -> None:
     with pytest.raises(ValueError, match="subtask"):
         format_subtasks(names)
@@ -62,7 +65,8 @@ def test_subtasks_that_cannot_be_written(names: list[str]) -> None:
         ('\n```json\n[ "a" ,\n"b" ]\n```\n', ["a", "b"]),
         (r"""["\u00e9\/\ud83d\ude00", '\x41\'\U0001f600']""", ["é/😀", "A'😀"]),
         ("['" + "x" * 80 + "']", ["x" * 80]),
-        ("['" + r"\'" * 80 + "']", ["'" * 80]),
+        ("['x" + r"\'" * 79 + "']", ["x" + "'" * 79]),
+        ("['- Move to Pot', '(Grasp)', '2']", ["- Move to Pot", "(Grasp)", "2"]),
         ('["' + r"\ud83d\ude00" * 80 + '"]', ["😀" * 80]),
     ],
 )
@@ -78,6 +82,9 @@ def test_accepted_subtasks(text: str, names: list[str]) -> None:
         "['']",
         "['a', '']",
         "['  ']",
+        "[', ', 'Move to Carrot', 'Grasp Carrot']",
+        "['Move to Carrot', '...']",
+        "['-']",
         "['a',]",
         "['a' 'b']",
         "['a'; 'b']",

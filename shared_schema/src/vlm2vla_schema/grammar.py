@@ -16,6 +16,7 @@ from vlm2vla_schema.limits import (
     MAX_ROWS,
     MAX_SUBTASK_CHARS,
     MAX_SUBTASKS,
+    PUNCTUATION,
     check_row_limits,
 )
 from vlm2vla_schema.types import check_digit_map
@@ -27,7 +28,8 @@ _LAST_CHARACTER = 0x10FFFF
 _CONTROL = (0x00, 0x1F)
 # Left out by name: a negated class would also accept the bytes of half a surrogate pair, which are no UTF-8 text.
 _SURROGATES = (0xD800, 0xDFFF)
-# A blank subtask is refused by the parser, so its first character is no white space, whatever the script.
+# A subtask without a word is refused by the parser, so its first character is no white space, whatever the script, and
+# no punctuation.
 _SPACES = (
     (0x20, 0x20),
     (0x85, 0x85),
@@ -132,10 +134,11 @@ def _characters(*excluded: tuple[int, int]) -> str:
 def subtasks_grammar() -> str:
     """The grammar of canonical subtask lists: single quotes as in appendix D.4's example, `\\'` and `\\\\` escaped."""
     quote = (ord("'"), ord("'"))
+    punctuation = ((ord(mark), ord(mark)) for mark in PUNCTUATION)
     return (
         f'root ::= "[" subtask (", " subtask){{0,{MAX_SUBTASKS - 1}}} "]"\n'
         f'subtask ::= "\'" first char{{0,{MAX_SUBTASK_CHARS - 1}}} "\'"\n'
-        f"first ::= {_characters(quote, *_SPACES)} | escape\n"
+        f"first ::= {_characters(*punctuation, *_SPACES)}\n"
         f"char ::= {_characters(quote)} | escape\n"
         'escape ::= "\\\\\'" | "\\\\\\\\"\n'
     )

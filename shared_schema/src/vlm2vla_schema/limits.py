@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import string
 
 ROW_WIDTH = 4
 MAX_ROWS = 32
@@ -12,6 +13,9 @@ DECIMALS = 3
 
 MAX_SUBTASKS = 20
 MAX_SUBTASK_CHARS = 80
+PUNCTUATION = string.punctuation
+"""No subtask consists of these alone, and none in canonical text begins with one: a model that takes the comma between
+two strings for a string writes `', '`, and an arm would be asked to do that."""
 MAX_MOTION_PLAN_CHARS = 1500
 MAX_REASONING_CHARS = 500
 CONFIDENCES: tuple[str, ...] = ("High", "Medium", "Low")

@@ -28,6 +28,7 @@ from vlm2vla_schema.limits import (
     MAX_ROWS,
     MAX_SUBTASK_CHARS,
     MAX_SUBTASKS,
+    PUNCTUATION,
     ROW_WIDTH,
     check_row_limits,
 )
@@ -49,7 +50,7 @@ __all__ = [
 ]
 
 _SUBTASKS_FORM = (
-    f"a list of 1..{MAX_SUBTASKS} quoted strings of 1..{MAX_SUBTASK_CHARS} characters, "
+    f"a list of 1..{MAX_SUBTASKS} quoted strings of words, 1..{MAX_SUBTASK_CHARS} characters each, "
     "such as ['Move to Pot', 'Grasp Pot']"
 )
 _PLAN_FORM = f"1..{MAX_MOTION_PLAN_CHARS} characters of text"
@@ -175,13 +176,15 @@ def parse_subtasks(text: str) -> list[str]:
     """Parse the list of subtasks: 1..20 strings of 1..80 characters, JSON or Python quoting (appendix D.4).
 
     Raises:
-        ParseError: anything else, a blank subtask included.
+        ParseError: anything else, a subtask without a word included.
     """
     try:
         subtasks = scan_string_list(undecorate(text), MAX_SUBTASKS, MAX_SUBTASK_CHARS)
         for place, subtask in enumerate(subtasks, start=1):
             if not subtask.strip():
                 raise ScanError(f"subtask {place} is empty")
+            if all(character.isspace() or character in PUNCTUATION for character in subtask):
+                raise ScanError(f"subtask {place} has no words, only {subtask!r}")
     except ScanError as error:
         raise ParseError(str(error), text, _SUBTASKS_FORM) from None
     return subtasks
@@ -290,10 +293,11 @@ def format_subtasks(subtasks: Sequence[str]) -> str:
     r"""Write subtasks as canonical text: `['Move Down to Pot', 'Grasp Pot']`, with `\'` and `\\` as the only escapes.
 
     Raises:
-        ValueError: the parser would refuse the list, or a subtask starts with white space or holds a control character.
+        ValueError: the parser would refuse the list, or a subtask starts with white space or ASCII punctuation or holds
+            a control character.
     """
-    if any(subtask[:1].isspace() for subtask in subtasks):
-        raise ValueError("a subtask starts with white space")
+    if any(subtask[:1].isspace() or subtask[:1] in tuple(PUNCTUATION) for subtask in subtasks):
+        raise ValueError("a subtask starts with white space or punctuation")
     text = "[" + ", ".join(_quoted(subtask) for subtask in subtasks) + "]"
     try:
         parse_subtasks(text)

@@ -159,9 +159,9 @@ class Run:
         settings, spoken = self.settings, step - self.settings.tower_steps
         seeing, speaking = 0.0, 0.0
         if spoken < 0:
-            seeing = settings.tower_learning_rate * _schedule(step, settings.warmup, settings.tower_steps)
+            seeing = settings.tower_learning_rate * learning_rate_share(step, settings.warmup, settings.tower_steps)
         else:
-            speaking = settings.learning_rate * _schedule(spoken, settings.warmup, settings.steps)
+            speaking = settings.learning_rate * learning_rate_share(spoken, settings.warmup, settings.steps)
             seeing = speaking * settings.tower_share
         for group in self.optimizer.param_groups:
             group["lr"] = seeing if group["name"] == "seeing" else speaking
@@ -250,8 +250,8 @@ def _number(value: Tensor) -> float:
     return round(float(value.detach()), 4)
 
 
-def _schedule(step: int, warmup: int, steps: int) -> float:
-    """Linear warm-up, then a cosine to 2 % of the peak."""
+def learning_rate_share(step: int, warmup: int, steps: int) -> float:
+    """Share of the peak at a step: linear warm-up, then a cosine to 2 %."""
     if step < warmup:
         return (step + 1) / warmup
     done = min((step - warmup) / max(steps - warmup, 1), 1.0)
