@@ -7,8 +7,9 @@
 The robot data speak English, so an adapter learns to copy the thing's name from the task into its list of subtasks, and
 a foreign task has nothing to copy (models/twin/README.md). Here the base itself is taught which thing a task means,
 and more about what lies above which card; no plan, list of subtasks or action is in it. The committed base is not
-changed. `train` goes on with the language loss alone, the tower at a tenth of the learning rate; it resumes from
-OUT/state.pt. `ask` prints right answers of the base to the new questions on held-out stills, by language.
+changed (round 16 had stills of seeds 200,000 to 211,999). `train` goes on with the language loss alone, the tower at a
+tenth of the learning rate; it resumes from OUT/state.pt. `ask` prints right answers of the base to the new questions
+on held-out stills, by language.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,9 +33,9 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from vlm2vla_training import pretrain_data
 from vlm2vla_training.cpu_attention import CPU_ATTENTION
-from vlm2vla_training.pretrain import learning_rate_share, offset_errors, spread_unmet
-from vlm2vla_training.pretrain_batches import Batcher, Stills, independent_turns, to_pixels
-from vlm2vla_training.pretrain_data import GRASPABLE, HOVER_M, NAMES, Pair, q_card
+from vlm2vla_training.pretrain import language_loss, learning_rate_share, offset_errors, spread_unmet
+from vlm2vla_training.pretrain_batches import Batcher, Stills, to_pixels
+from vlm2vla_training.pretrain_data import GRASPABLE, HOVER_M, NAMES, Pair, list_m, q_card
 from vlm2vla_training.pretrain_settings import Settings
 from vlm2vla_training.twin_model import save_base
 from vlm2vla_twin.scene import KINDS
@@ -92,8 +94,8 @@ def q_task(truth: Truth, rng: np.random.Generator) -> Pair | None:
         return f"What must the gripper go to for the overall task '{task}'?", f"the {name}"
     if kind == 3 and thing in truth.objects:
         dx, dy, _ = truth.offset(thing)
-        metres = [round(value, 3) + 0.0 for value in (dx, dy, HOVER_M - truth.gripper_m[2])]
-        return f"Offset in metres from the gripper to the point above what the task '{task}' means?", json.dumps(metres)
+        above = list_m((dx, dy, HOVER_M - truth.gripper_m[2]))
+        return f"Offset in metres from the gripper to the point above what the task '{task}' means?", above
     return f"Which object does the task '{task}' mean first?", name
 
 
@@ -118,44 +120,37 @@ def train(args: argparse.Namespace) -> int:
     stills, held_out = (Stills.load(args.stills / part) for part in ("train", "dev"))
     tokenizer = AutoTokenizer.from_pretrained(args.base)
     model = AutoModelForImageTextToText.from_pretrained(args.base, dtype=torch.float32).train()
+    met = steps(model, Batcher(stills, tokenizer, settings), settings, args.out)
+    spread_unmet(model, met, args.seed)
+    metrics = offset_errors(model, tokenizer, held_out, most=200)
+    print(metrics)
+    save_base(model, tokenizer, args.out / "base", {**asdict(settings), "stills": len(stills.truths)}, metrics)
+    return 0
+
+
+def steps(model: Any, batcher: Batcher, settings: Settings, out: Path) -> torch.Tensor:
+    """All steps, from out/state.pt on where there is one; which tokens were met, bool [vocabulary]."""
     model.set_attn_implementation(CPU_ATTENTION)
-    batcher, tower = Batcher(stills, tokenizer, settings), model.model.vision_tower
-    seeing = {id(parameter) for parameter in tower.parameters()}
-    speaking = [parameter for parameter in model.parameters() if id(parameter) not in seeing]
-    optimizer = torch.optim.AdamW([
-        {"params": list(tower.parameters()), "weight_decay": 0.0, "share": settings.tower_share},
-        {"params": [one for one in speaking if one.dim() > 1], "weight_decay": settings.weight_decay, "share": 1.0},
-        {"params": [one for one in speaking if one.dim() <= 1], "weight_decay": 0.0, "share": 1.0},
-    ], betas=(0.9, 0.98))  # fmt: skip
-    for layer in tower.encoder.layers:
+    for layer in model.model.vision_tower.encoder.layers:
         layer.compile(dynamic=False)
     for layer in model.model.language_model.layers:
         layer.compile(dynamic=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    state, start = args.out / "state.pt", 0
-    met = torch.zeros(model.config.text_config.vocab_size, dtype=torch.bool)
+    optimizer, state = optimizer_of(model, settings), out / "state.pt"
+    met, start = torch.zeros(model.config.text_config.vocab_size, dtype=torch.bool), 0
+    out.mkdir(parents=True, exist_ok=True)
     if state.exists():
         saved = torch.load(state, weights_only=True)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         start, met = int(saved["step"]), saved["met"]
     began, smooth = time.monotonic(), float("nan")
-    for step in range(start, args.steps):
+    for step in range(start, settings.steps):
         rate = settings.learning_rate * learning_rate_share(step, settings.warmup, settings.steps)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["share"]
         batch = batcher.batch(step)
-        seen, positions = independent_turns(batch)
-        told = batch.labels[:, 1:] != -100
         met[batch.input_ids] = True
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            output = model.model(
-                input_ids=batch.input_ids, attention_mask={"full_attention": seen, "sliding_attention": seen},
-                position_ids=positions, pixel_values=batch.pictures, token_type_ids=batch.image_mask.long(),
-                use_cache=False,
-            )  # fmt: skip
-            logits = model.lm_head(output.last_hidden_state[:, :-1][told])
-        loss = nn.functional.cross_entropy(logits.float(), batch.labels[:, 1:][told])
+        loss = language_loss(model, batch)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -163,17 +158,25 @@ def train(args: argparse.Namespace) -> int:
         smooth = float(loss) if step == start else 0.98 * smooth + 0.02 * float(loss)
         if step % 25 == 0:
             pace = (step - start + 1) / (time.monotonic() - began)
-            print(f"step {step}/{args.steps}, loss {smooth:.4f}, {pace:.2f} steps/s", flush=True)
-        if step % 250 == 249 or step == args.steps - 1:
+            print(f"step {step}/{settings.steps}, loss {smooth:.4f}, {pace:.2f} steps/s", flush=True)
+        if step % 250 == 249 or step == settings.steps - 1:
             part = state.with_suffix(".part")
             kept = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "met": met}
             torch.save(kept, part)
             part.replace(state)
-    spread_unmet(model, met, args.seed)
-    metrics = offset_errors(model, tokenizer, held_out, most=200)
-    print(metrics)
-    save_base(model, tokenizer, args.out / "base", {**asdict(settings), "stills": len(stills.truths)}, metrics)
-    return 0
+    return met
+
+
+def optimizer_of(model: Any, settings: Settings) -> torch.optim.AdamW:
+    """As in `pretrain`, but the tower's weights do not decay; "share" is of the learning rate."""
+    tower = list(model.model.vision_tower.parameters())
+    seeing = set(map(id, tower))
+    speaking = [parameter for parameter in model.parameters() if id(parameter) not in seeing]
+    return torch.optim.AdamW([
+        {"params": tower, "weight_decay": 0.0, "share": settings.tower_share},
+        {"params": [one for one in speaking if one.dim() > 1], "weight_decay": settings.weight_decay, "share": 1.0},
+        {"params": [one for one in speaking if one.dim() <= 1], "weight_decay": 0.0, "share": 1.0},
+    ], betas=(0.9, 0.98))  # fmt: skip
 
 
 # --- asking -----------------------------------------------------------------------------------------------------------

@@ -113,4 +113,5 @@ class Seat:
         os.write(self._program, END)
         while not self._screen.endswith(END) and self._reader.is_alive():
             time.sleep(0.001)
-        del self._screen[-len(END) :]
+        if self._screen.endswith(END):
+            del self._screen[-len(END) :]

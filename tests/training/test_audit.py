@@ -101,6 +101,7 @@ def test_text_of_plans() -> None:
     assert ("text", True, 0) in audited(main_movements=(0, " "))
     assert audited(main_movements=(2, "Move up 12 cm, gripper stays closed.")) == [("text", False, 2)]
     assert ("text", True, 0) in audited(step_description=(0, "Move to " + "far away " * 12))
+    assert ("text", True, 0) in audited(step_description=(0, "- Move to Carrot"))
 
 
 def test_direction_words() -> None:

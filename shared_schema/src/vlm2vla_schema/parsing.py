@@ -296,7 +296,7 @@ def format_subtasks(subtasks: Sequence[str]) -> str:
         ValueError: the parser would refuse the list, or a subtask starts with white space or ASCII punctuation or holds
             a control character.
     """
-    if any(subtask[:1].isspace() or subtask[:1] in tuple(PUNCTUATION) for subtask in subtasks):
+    if any(subtask[:1].isspace() or subtask.startswith(tuple(PUNCTUATION)) for subtask in subtasks):
         raise ValueError("a subtask starts with white space or punctuation")
     text = "[" + ", ".join(_quoted(subtask) for subtask in subtasks) + "]"
     try:

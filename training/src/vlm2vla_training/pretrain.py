@@ -24,6 +24,7 @@ from vlm2vla_training.pretrain_batches import (
     DIGIT_CLASSES,
     DIGIT_WEIGHTS,
     THINGS,
+    Batch,
     Batcher,
     DenseTargets,
     Stills,
@@ -181,18 +182,8 @@ class Run:
         batch = self.batcher.batch(step)
         self._patches.clear()
         self._states.clear()
-        seen, positions = independent_turns(batch)
-        told = batch.labels[:, 1:] != -100
         self.met[batch.input_ids] = True
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            output = self.model.model(
-                input_ids=batch.input_ids, attention_mask={"full_attention": seen, "sliding_attention": seen},
-                position_ids=positions, pixel_values=batch.pictures,
-                token_type_ids=batch.image_mask.long(), use_cache=False,
-            )  # fmt: skip
-            # Scores over the vocabulary only where a loss falls: two thirds of the tokens are asked, not told.
-            logits = self.model.lm_head(output.last_hidden_state[:, :-1][told])
-        language = nn.functional.cross_entropy(logits.float(), batch.labels[:, 1:][told])
+        language = language_loss(self.model, batch)
         presence, position, error_mm = self.heads(self._patches[0].float(), self.stills.dense_targets(batch.picks))
         reading = self.heads.reading(self._states[0].float(), batch.vectors)
         self._step(language + self.settings.dense_weight * (presence + position + reading))
@@ -223,6 +214,21 @@ class Run:
         }
         torch.save(state, part)
         part.replace(self.state)
+
+
+def language_loss(model: Gemma3ForConditionalGeneration, batch: Batch) -> Tensor:
+    """Mean cross-entropy of a batch's answers, in nat a token; every turn sees the pictures and itself alone."""
+    seen, positions = independent_turns(batch)
+    told = batch.labels[:, 1:] != -100
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model.model(
+            input_ids=batch.input_ids, attention_mask={"full_attention": seen, "sliding_attention": seen},
+            position_ids=positions, pixel_values=batch.pictures,
+            token_type_ids=batch.image_mask.long(), use_cache=False,
+        )  # fmt: skip
+        # Scores over the vocabulary only where a loss falls: two thirds of the tokens are asked, not told.
+        logits = model.lm_head(output.last_hidden_state[:, :-1][told])
+    return nn.functional.cross_entropy(logits.float(), batch.labels[:, 1:][told])
 
 
 @torch.no_grad()

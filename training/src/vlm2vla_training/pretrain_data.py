@@ -194,7 +194,7 @@ def _centimetres(delta: tuple[float, ...]) -> str:
     return ", ".join(f"{abs(v) * 100:.1f} cm {w[0] if v >= 0 else w[1]}" for v, w in zip(delta, WORDS, strict=False))
 
 
-def _list_m(delta: tuple[float, ...]) -> str:
+def list_m(delta: tuple[float, ...]) -> str:
     """Metres to the millimetre, written as numbers are in B.2: at least one decimal, no trailing zeros, no ``-0.0``."""
     return "[" + ", ".join(str(round(value, 3) + 0.0) for value in delta) + "]"
 
@@ -223,7 +223,7 @@ def q_offset_cm(truth: Truth, rng: np.random.Generator) -> Pair | None:
 def q_offset_m(truth: Truth, rng: np.random.Generator) -> Pair | None:
     """The displacement from the gripper to a thing's centre, as a list of metres."""
     name = _any(truth, rng)
-    return f"Offset in metres from the gripper to the {_thing(name, rng)}?", _list_m(truth.offset(name))
+    return f"Offset in metres from the gripper to the {_thing(name, rng)}?", list_m(truth.offset(name))
 
 
 def q_above_m(truth: Truth, rng: np.random.Generator) -> Pair | None:
@@ -231,7 +231,7 @@ def q_above_m(truth: Truth, rng: np.random.Generator) -> Pair | None:
     name = _any(truth, rng)
     dx, dy, _ = truth.offset(name)
     question = f"Offset in metres from the gripper to the point above the {_thing(name, rng)}?"
-    return question, _list_m((dx, dy, HOVER_M - truth.gripper_m[2]))
+    return question, list_m((dx, dy, HOVER_M - truth.gripper_m[2]))
 
 
 def q_way(truth: Truth, rng: np.random.Generator) -> Pair | None:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlm2vla_schema.directions import NAMES
+from vlm2vla_schema.limits import PUNCTUATION
 from vlm2vla_training.annotation.base import AnnotatedStep
 from vlm2vla_training.episodes.base import Episode
 
@@ -115,7 +116,9 @@ def said_directions(text: str) -> set[str]:
 
 
 def text_findings(index: int, step: AnnotatedStep) -> list[Finding]:
-    """A plan has words and no digits (section 3.1); a description is a subtask's name of 1..80 characters."""
+    """A plan has words and no digits (section 3.1); a description is a subtask's name of 1..80 characters, which
+    begins with a word: `curate` could not write another into a list of subtasks.
+    """
     findings: list[Finding] = []
     if not step.main_movements.strip():
         findings.append(Finding(index, "text", True, "main_movements is empty"))
@@ -124,6 +127,8 @@ def text_findings(index: int, step: AnnotatedStep) -> list[Finding]:
     if not 1 <= len(step.step_description.strip()) <= 80:
         length = len(step.step_description.strip())
         findings.append(Finding(index, "text", True, f"step_description has {length} characters; expected 1..80"))
+    elif step.step_description.strip().startswith(tuple(PUNCTUATION)):
+        findings.append(Finding(index, "text", True, "step_description begins with punctuation; expected words"))
     return findings
 
 
