@@ -287,6 +287,10 @@ def test_eval_and_compare_from_the_command_line(tmp_path: Path, capsys: pytest.C
     assert main(["compare", str(tmp_path / "expert"), str(tmp_path / "random"), "--out", str(page)]) == 0
     text = page.read_text(encoding="utf-8")
     assert "expert" in text and "-100.0 points" in text
+    assert "p at any time" not in text
+    folders = [str(tmp_path / policy) for policy in ("expert", "random")]
+    assert main(["compare", *folders, "--out", str(page), "--sequential"]) == 0
+    assert "p at any time" in page.read_text(encoding="utf-8")
     with pytest.raises(ConfigurationError, match="distinct"):
         main(["compare", str(tmp_path / "expert"), str(tmp_path / "expert"), "--out", str(page)])
     assert main(["report", str(tmp_path / "expert")]) == 0

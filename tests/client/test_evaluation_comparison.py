@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.special import beta
 from test_evaluation import SEED, made_up
 
-from vlm2vla_client.evaluation.comparison import Run, unpaired_differences, write_comparison
+from vlm2vla_client.evaluation.comparison import Run, sequential_tests, unpaired_differences, write_comparison
 from vlm2vla_client.evaluation.options import PAPER_TRIALS, trials_of
 from vlm2vla_client.evaluation.plots import latency_boxes
 from vlm2vla_client.evaluation.starts import starts_of
-from vlm2vla_client.evaluation.statistics import barnard, unpaired_difference
+from vlm2vla_client.evaluation.statistics import barnard, mcnemar, sequential, unpaired_difference
 from vlm2vla_client.evaluation.summary import LANGUAGE_GROUP, overridden, summarise
 from vlm2vla_client.evaluation.trials import Override, Trial
 
@@ -87,6 +92,53 @@ def test_trials_are_paired_where_they_share_seeds_and_else_not(tmp_path: Path) -
     assert set(unpaired_differences(first.trials, other.trials)) == {
         "pick_carrot_es", "pick_carrot_zh", "pick_above_picture",
     }  # fmt: skip
+
+
+def chance_of_ever_reaching_5_percent(p_of: Callable[[int, int], float], coins: int) -> float:
+    """Exactly, over all ways in which fair coins may fall, when ``p_of`` is looked at after each."""
+    going, reached = {(0, 0): 1.0}, 0.0
+    for _ in range(coins):
+        then: dict[tuple[int, int], float] = {}
+        for (heads, tails), weight in going.items():
+            for to in ((heads + 1, tails), (heads, tails + 1)):
+                if p_of(*to) <= 0.05:
+                    reached += weight / 2
+                else:
+                    then[to] = then.get(to, 0.0) + weight / 2
+        going = then
+    return reached
+
+
+def test_looking_after_every_trial_is_allowed_to_the_sequential_test_and_not_to_mcnemars() -> None:
+    now = cache(lambda one, two: 0.5 ** (one + two) / beta(one + 1, two + 1))
+    assert 0.01 < chance_of_ever_reaching_5_percent(now, 120) < 0.05
+    assert chance_of_ever_reaching_5_percent(cache(mcnemar), 120) > 0.08
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=60))
+def test_the_sequential_p_by_its_definition(pairs: list[tuple[bool, bool]]) -> None:
+    found = sequential([one for one, _ in pairs], [two for _, two in pairs])
+    smallest, one, two, reached = 1.0, 0, 0, None
+    for number, (first, second) in enumerate(pairs, start=1):
+        one, two = one + (first > second), two + (second > first)
+        smallest = min(smallest, 0.5 ** (one + two) / beta(one + 1, two + 1))
+        reached = number if reached is None and smallest <= 0.05 else reached
+    assert found.p_value == pytest.approx(smallest)
+    assert (found.n, found.only_first, found.only_second, found.decided_after) == (len(pairs), one, two, reached)
+
+
+def test_sequential_trials_are_taken_by_seed_whatever_ended_first(tmp_path: Path) -> None:
+    first, other = trials(n=20, good=20), trials(n=20, good=0)
+    assert {found.decided_after for found in sequential_tests(first, other).values()} == {8}
+    elsewhere = trials(first=SEED + 100, n=12, good=10)[::-1]
+    for found in sequential_tests(first[::-1], elsewhere).values():
+        assert (found.n, found.only_first, found.only_second, found.decided_after) == (12, 0, 2, None)
+    runs = [run("ours", first), run("other", other)]
+    path = tmp_path / "a.html"
+    assert "after 8 pairs" in write_comparison(path, runs, {}, "physics", any_time=True).read_text(encoding="utf-8")
+    assert "p at any time" not in write_comparison(path, runs, {}, "physics").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="as many trials"):
+        sequential([True], [])
 
 
 def test_the_page_is_one_file_with_pictures_and_obeys_nobody(tmp_path: Path) -> None:

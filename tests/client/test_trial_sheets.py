@@ -279,6 +279,8 @@ def test_from_a_new_sheet_to_its_report(tmp_path: Path, capsys: pytest.CaptureFi
     assert "seen by a person" in page and "McNemar" in page and page.count("data:image/jpeg;base64,") == 3
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     assert summary["ours"]["suites"]["pick_carrot"]["successes"] == 2 and summary["openvla"]["trials"] == 6
+    assert "p at any time" not in page and main(["sheet-report", str(out), "--sequential"]) == 0
+    assert "p at any time" in (out / "report.html").read_text(encoding="utf-8")
 
 
 def main_fails(argv: list[str], error: type[Exception]) -> bool:

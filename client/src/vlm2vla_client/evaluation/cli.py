@@ -143,6 +143,7 @@ def _compare(argv: Sequence[str]) -> int:
     parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="the first is what others are compared to")
     parser.add_argument("--labels", metavar="A,B,...", help="names of the runs (default: the folders')")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="an HTML file")
+    parser.add_argument("--sequential", action="store_true", help="with a p-value that may be looked at at any time")
     arguments = parser.parse_args(argv)
     labels = arguments.labels.split(",") if arguments.labels else [folder.name for folder in arguments.folders]
     if len(labels) != len(arguments.folders) or len(set(labels)) != len(labels):
@@ -152,7 +153,7 @@ def _compare(argv: Sequence[str]) -> int:
         summary, trials = read_evaluation(folder)
         runs.append(Run(label, summary, trials))
     starts = starts_of(trial for run in runs for trial in run.trials)
-    print(write_comparison(arguments.out, runs, starts, "physics"))
+    print(write_comparison(arguments.out, runs, starts, "physics", any_time=arguments.sequential))
     return 0
 
 

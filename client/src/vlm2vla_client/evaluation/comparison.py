@@ -10,8 +10,10 @@ from vlm2vla_client.evaluation import page, plots
 from vlm2vla_client.evaluation.report import about, plans_of
 from vlm2vla_client.evaluation.statistics import (
     PairedDifference,
+    SequentialTest,
     UnpairedDifference,
     paired_difference,
+    sequential,
     unpaired_difference,
 )
 from vlm2vla_client.evaluation.summary import SuiteSummary, Summary
@@ -35,12 +37,20 @@ class Run:
     trials: Sequence[Trial]
 
 
-def write_comparison(path: Path, runs: Sequence[Run], starts: Mapping[str, tuple[str, str]], judged_by: str) -> Path:
+def write_comparison(
+    path: Path,
+    runs: Sequence[Run],
+    starts: Mapping[str, tuple[str, str]],
+    judged_by: str,
+    *,
+    any_time: bool = False,
+) -> Path:
     """Writes one page about several evaluations; differences are from the first run.
 
     Args:
         starts: suite -> a picture of one of its starts (``data:`` URL) and its caption.
         judged_by: who saw success: ``physics``, or ``a person`` on a real bench.
+        any_time: with the sequential test, for evaluations that go on until they tell.
     """
     suites = {run.label: run.summary.suites for run in runs}
     plans = {label: found for label, found in suites.items() if any(suite.plans_judged for suite in found.values())}
@@ -62,6 +72,7 @@ def write_comparison(path: Path, runs: Sequence[Run], starts: Mapping[str, tuple
           for label, found in suites.items()),
         _stages(runs),
         *_differences(runs),
+        *(_sequential(runs) if any_time else ()),
         *_latency(runs),
         "<h2>Runs</h2>",
         *(f"<h3>{page.text(run.label)}</h3>{page.note(about(run.summary))}" for run in runs),
@@ -71,14 +82,7 @@ def write_comparison(path: Path, runs: Sequence[Run], starts: Mapping[str, tuple
 
 def differences(first: Sequence[Trial], other: Sequence[Trial]) -> dict[str, PairedDifference]:
     """``other`` minus ``first``, suite by suite, on the seeds that both ran (task texts included in the pairing)."""
-    mine = {(trial.suite, trial.seed, trial.task, trial.mode): trial.success for trial in first}
-    theirs = {(trial.suite, trial.seed, trial.task, trial.mode): trial.success for trial in other}
-    found = {}
-    for name in SUITES:
-        shared = sorted(key for key in mine.keys() & theirs.keys() if key[0] == name)
-        if shared:
-            found[name] = paired_difference([theirs[key] for key in shared], [mine[key] for key in shared])
-    return found
+    return {name: paired_difference(*pairs) for name in SUITES if (pairs := _shared(name, first, other))[0]}
 
 
 def unpaired_differences(first: Sequence[Trial], other: Sequence[Trial]) -> dict[str, UnpairedDifference]:
@@ -90,6 +94,33 @@ def unpaired_differences(first: Sequence[Trial], other: Sequence[Trial]) -> dict
         if mine and theirs:
             found[name] = unpaired_difference((sum(theirs), sum(mine)), (len(theirs), len(mine)))
     return found
+
+
+def sequential_tests(first: Sequence[Trial], other: Sequence[Trial]) -> dict[str, SequentialTest]:
+    """``other`` against ``first``, suite by suite: on the seeds that both ran, else the n-th trial with the n-th."""
+    found = {}
+    for name in SUITES:
+        theirs, mine = _shared(name, first, other)
+        if not mine:
+            theirs, mine = (
+                [trial.success for trial in sorted(some, key=lambda trial: trial.seed) if trial.suite == name]
+                for some in (other, first)
+            )
+            both = min(len(theirs), len(mine))
+            theirs, mine = theirs[:both], mine[:both]
+        if mine:
+            found[name] = sequential(theirs, mine)
+    return found
+
+
+def _shared(name: str, first: Sequence[Trial], other: Sequence[Trial]) -> tuple[list[bool], list[bool]]:
+    """Success of ``other`` and of ``first`` on the trials of a suite that both ran, by seed."""
+    mine, theirs = (
+        {(trial.seed, trial.task, trial.mode): trial.success for trial in some if trial.suite == name}
+        for some in (first, other)
+    )
+    keys = sorted(mine.keys() & theirs.keys())
+    return [theirs[key] for key in keys], [mine[key] for key in keys]
 
 
 # --- parts of the page ------------------------------------------------------------------------------------------------
@@ -199,6 +230,27 @@ def _differences(runs: Sequence[Run]) -> list[str]:
             "shared: Newcombe's interval for two rates, Barnard's exact test. Two-sided; not corrected for how many."
         ),
         page.table(head, rows, words=True) if rows else page.note("No two runs share a suite."),
+    ]
+
+
+def _sequential(runs: Sequence[Run]) -> list[str]:
+    rows = []
+    for run in runs[1:]:
+        for name, found in sequential_tests(runs[0].trials, run.trials).items():
+            told = "not yet" if found.decided_after is None else f"after {found.decided_after} pairs"
+            counts = f"{found.only_first} / {found.only_second}"
+            rows.append([run.label, SUITES[name].label, str(found.n), counts, f"{found.p_value:.3g}", told])
+    if not rows:
+        return []
+    head = ["policy", "suite", "pairs", "only this / only first", "p at any time", "5 % reached"]
+    return [
+        "<h3>Looked at after every trial</h3>",
+        page.note(
+            "A sequential test of the same trials, in the order of their seeds: this p, unlike the one above, may be "
+            "looked at as often as you like, and trials may stop when it is small or go on while it is not. Two-sided, "
+            "not corrected for how many. Where no start is shared, the n-th trial is paired with the n-th."
+        ),
+        page.table(head, rows, words=True),
     ]
 
 

@@ -113,6 +113,7 @@ def sheet_report(argv: Sequence[str]) -> int:
     parser.add_argument("--key", type=Path, metavar="FILE", help="who is who (default DIR/key.json)")
     parser.add_argument("--partial", action="store_true", help="leave out lines that nobody filled")
     parser.add_argument("--out", type=Path, metavar="FILE", help="an HTML file (default DIR/report.html)")
+    parser.add_argument("--sequential", action="store_true", help="with a p-value that may be looked at at any time")
     given = parser.parse_args(argv)
     try:
         filled = read_sheet(given.folder, key=given.key, sheet=given.sheet, partial=given.partial)
@@ -125,7 +126,8 @@ def sheet_report(argv: Sequence[str]) -> int:
     runs = [_run(policy) for policy in filled if policy.trials]
     if not runs:
         raise ConfigurationError("no line of the sheet is filled")
-    path = write_comparison(given.out or given.folder / REPORT, runs, _starts(given.folder, runs), "a person")
+    path, starts = given.out or given.folder / REPORT, _starts(given.folder, runs)
+    write_comparison(path, runs, starts, "a person", any_time=given.sequential)
     write_json_atomic(path.with_name(SUMMARY), {run.label: run.summary for run in runs})
     for policy, run in zip([policy for policy in filled if policy.trials], runs, strict=True):
         done = sum(trial.success for trial in run.trials)

@@ -86,6 +86,51 @@ def paired_difference(first: Sequence[bool], second: Sequence[bool]) -> PairedDi
 
 
 @dataclass(frozen=True)
+class SequentialTest:
+    """What trials say that are looked at one by one, by somebody who may stop at any of them.
+
+    Attributes:
+        n: pairs of trials.
+        only_first, only_second: pairs in which just one of the two succeeded.
+        p_value: valid however often it was looked at: if neither policy is better it ever falls to a level with at
+            most that level's chance. It never rises again.
+        decided_after: pairs after which it was first at most 0.05; None while it is not.
+    """
+
+    n: int
+    only_first: int
+    only_second: int
+    p_value: float
+    decided_after: int | None
+
+
+def sequential(first: Sequence[bool], second: Sequence[bool]) -> SequentialTest:
+    """Tests whether one of two policies succeeds more often, after every pair of trials in their given order.
+
+    As in Wald's test of two rates (1947, Sequential Analysis, chapter 6) only pairs count in which one succeeded and
+    the other did not: if neither is better, each is a fair coin. What they say is the likelihood ratio against that
+    coin of one whose bias may be anything, uniformly (a mixture as Robbins, 1970, has it): a martingale, whose inverse
+    is a p-value at every time by Ville's inequality. Two-sided. Pairs need not share a seed; their order must not
+    depend on how trials ended.
+
+    Raises:
+        ValueError: the sequences differ in length.
+    """
+    from scipy.special import betaln
+
+    if len(first) != len(second):
+        raise ValueError(f"expected as many trials on both sides, received {len(first)} and {len(second)}")
+    p_value, decided_after, only_first, only_second = 1.0, None, 0, 0
+    for number, (one, two) in enumerate(zip(first, second, strict=True), start=1):
+        only_first, only_second = only_first + (one and not two), only_second + (two and not one)
+        coin = (only_first + only_second) * math.log(2.0)
+        p_value = min(p_value, math.exp(-coin - float(betaln(only_first + 1, only_second + 1))))
+        if decided_after is None and p_value <= 0.05:
+            decided_after = number
+    return SequentialTest(len(first), only_first, only_second, p_value, decided_after)
+
+
+@dataclass(frozen=True)
 class UnpairedDifference:
     """Success rate of ``first`` minus that of ``second``, on trials that have nothing to do with one another.
 
