@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import example as example_of
 from hypothesis import given
 from hypothesis import strategies as st
 from rlds_files import Value, example, message, varint
@@ -102,6 +103,7 @@ _FEATURES = st.dictionaries(
 
 
 @given(_FEATURES, _FEATURES, st.booleans())
+@example_of({}, {"a": np.array([-7.8342265e15], np.float32)}, False)
 def test_what_the_record_before_looked_like_changes_nothing(
     before: dict[str, Value], features: dict[str, Value], packed: bool
 ) -> None:

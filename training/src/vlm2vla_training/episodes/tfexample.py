@@ -161,9 +161,10 @@ class Example:
         """
         data = self._data
         begin, end = self._place(name, 2)
-        length, first = varint(data, begin + 1, end) if end - begin > 1 else (0, 0)
+        # One by one they have another tag, and a number's bytes may look like a length without end.
+        length, first = varint(data, begin + 1, end) if end > begin and data[begin] == _TAG_OF_BYTES else (0, 0)
         count, rest = divmod(length, _FLOAT.itemsize * width)
-        if first + length == end and data[begin] == _TAG_OF_BYTES and not rest:
+        if first + length == end and not rest:
             return np.ndarray((count, width), _FLOAT, data[first:end])
         floats = self.floats(name)
         if len(floats) % width:
