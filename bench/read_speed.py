@@ -1,19 +1,22 @@
 """Reading RLDS episodes: ours against `tensorflow-datasets` and the `tfrecord` package, side by side in one run.
 
     python3 -m venv ENV && ENV/bin/pip install tensorflow-cpu tensorflow-datasets tfrecord
-    .venv/bin/python bench/read_speed.py --sample FOLDER --others ENV/bin/python --out bench/results/read_speed.json
+    VLM2VLA_COMPILE=1 .venv/bin/pip install --no-deps --target COMPILED ./training
+    .venv/bin/python bench/read_speed.py --sample FOLDER --others ENV/bin/python --compiled COMPILED \
+        --out bench/results/read_speed.json
 
 FOLDER is an RLDS dataset with dataset_info.json and features.json; its episodes are written again under new keys until
 they fill --gigabytes ("sample"), and once more as long and large as those of the full set are ("full_size": four
 episodes one after another, pictures of 256x256). All hand over actions and states as [T, 7], the instruction as text
 and the undecoded JPEG bytes of every step as a list; ours checks every checksum and every trap of the data, `tfrecord`
-no checksum. Ours reads in one process and, as `ingest` does with that much, in a process for each core;
+no checksum. Ours reads as it is installed and as compiled code of the same source (training/setup.py), each in one
+process and, as `ingest` does with that much, in a process for each core;
 `tensorflow-datasets` has threads of its own; `tfrecord` reads in one process, as its documentation shows, and for
 comparison by a pool of as many processes as ours, which its documentation does not show. Imports come before the clock
 for everyone, the start of the processes that do the work does not. Rounds alternate, tensorflow-datasets takes part in
 the first only; the shortest time of each counts, so the run needs cores of its own (`chrt --fifo 1`). Must: on the
-sample, on all cores, at least twice as fast as the faster of the others as documented, and at most 500 MB of memory in
-all processes together.
+sample, compiled, on all cores, at least twice as fast as the faster of the others as documented, and at most 500 MB of
+memory in all processes together.
 """
 
 from __future__ import annotations
@@ -65,6 +68,10 @@ for episode in source.episodes():
     steps += len(episode)
     size += sum(map(len, episode.images))
 assert not source.report.damage and not source.report.left_out, source.report
+"""
+COMPILED = """
+from vlm2vla_training.episodes import tfexample
+assert tfexample.__file__.endswith(".so"), tfexample.__file__
 """
 OURS_ALL_CORES = """
 import glob
@@ -204,15 +211,16 @@ def enlarged(image: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def timed(python: str, text: str, folder: Path) -> dict[str, Any]:
-    """One reader in a process of its own; what stands before "# clock" is not timed."""
+def timed(python: str, text: str, folder: Path, first: Path | None = None) -> dict[str, Any]:
+    """One reader in a process of its own, with the packages in `first`; what stands before "# clock" is not timed."""
     setup, body = text.split("# clock")
     code = FRAME.format(setup=setup, body=body)
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
     if python != sys.executable:
         environment.pop("PYTHONPATH", None)
     else:
-        environment["PYTHONPATH"] = os.pathsep.join([str(CHECKOUT / "bench"), environment.get("PYTHONPATH", "")])
+        ours = [str(path) for path in (first, CHECKOUT / "bench") if path is not None]
+        environment["PYTHONPATH"] = os.pathsep.join([*ours, environment.get("PYTHONPATH", "")])
     done = subprocess.run(
         [python, "-c", code, str(folder)], capture_output=True, text=True, check=False, env=environment, timeout=900
     )
@@ -222,14 +230,14 @@ def timed(python: str, text: str, folder: Path) -> dict[str, Any]:
     return result
 
 
-def compare(readers: dict[str, tuple[str, str]], folder: Path, rounds: int) -> dict[str, Any]:
+def compare(readers: dict[str, tuple[str, str, Path | None]], folder: Path, rounds: int) -> dict[str, Any]:
     """Let each reader read `folder`, in turns; the best of each and whether the bounds hold."""
     best: dict[str, dict[str, Any]] = {}
     for turn in range(rounds):
-        for name, (python, body) in readers.items():
+        for name, (python, body, first) in readers.items():
             if turn and name == "tfds":
                 continue
-            one = timed(python, body, folder)
+            one = timed(python, body, folder, first)
             print(name, one, file=sys.stderr, flush=True)
             if name not in best or one["seconds"] < best[name]["seconds"]:
                 best[name] = one
@@ -237,14 +245,18 @@ def compare(readers: dict[str, tuple[str, str]], folder: Path, rounds: int) -> d
     times = {name: one["seconds"] for name, one in best.items()}
     faster = min(times["tfds"], times["tfrecord"])
     factors = {
-        "one_process": round(faster / times["ours"], 2),
-        "all_cores": round(faster / times["ours_all_cores"], 2),
-        "all_cores_for_both": round(times["tfrecord_all_cores"] / times["ours_all_cores"], 2),
+        f"{kind}_{where}": round(against / times[reader], 2)
+        for kind in ("ours", "compiled")
+        for where, reader, against in (
+            ("one_process", kind, faster),
+            ("all_cores", f"{kind}_all_cores", faster),
+            ("all_cores_for_both", f"{kind}_all_cores", times["tfrecord_all_cores"]),
+        )
     }
     return {
         "bytes": sum(path.stat().st_size for path in shards_of(folder)), "load_average": os.getloadavg()[0],
         "readers": best, "all_read_the_same": same, "times_faster_than_the_faster": factors,
-        "held": same and factors["all_cores"] >= 2.0 and best["ours_all_cores"]["peak_mb"] <= 500,
+        "held": same and factors["compiled_all_cores"] >= 2.0 and best["compiled_all_cores"]["peak_mb"] <= 500,
     }  # fmt: skip
 
 
@@ -253,14 +265,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", type=Path, required=True)
     parser.add_argument("--others", required=True, help="python with tensorflow-datasets and tfrecord")
+    parser.add_argument("--compiled", type=Path, required=True, help="where the compiled package was installed")
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(argv)
     readers = {
-        "ours": (sys.executable, OURS), "ours_all_cores": (sys.executable, OURS_ALL_CORES),
-        "tfds": (options.others, TFDS),
-        "tfrecord": (options.others, TFRECORD), "tfrecord_all_cores": (options.others, TFRECORD_ALL_CORES),
+        "ours": (sys.executable, OURS, None), "ours_all_cores": (sys.executable, OURS_ALL_CORES, None),
+        "compiled": (sys.executable, COMPILED + OURS, options.compiled.resolve()),
+        "compiled_all_cores": (sys.executable, COMPILED + OURS_ALL_CORES, options.compiled.resolve()),
+        "tfds": (options.others, TFDS, None),
+        "tfrecord": (options.others, TFRECORD, None), "tfrecord_all_cores": (options.others, TFRECORD_ALL_CORES, None),
     }  # fmt: skip
     records = [record.data for shard in shards_of(options.sample) for record in read_records(shard, print)]
     found: dict[str, dict[str, Any]] = {}

@@ -73,6 +73,22 @@ check_haproxy() {
     return 2
 }
 
+# One test builds the compiled reader.
+check_compiler() {
+    command -v gcc >/dev/null && return 0
+    if is_debian && [ "$(id -u)" = 0 ]; then
+        say "Installing a C compiler, which one of the tests needs"
+        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-upgrade --no-install-recommends gcc libc6-dev; } >&2 \
+            || die "apt-get could not install gcc"
+        return 0
+    fi
+    {
+        say "error: gcc was not found; one of the tests builds the compiled reader with it."
+        if is_debian; then say "  install it:  sudo apt-get install -y gcc libc6-dev"; else say "  install your distribution's package gcc."; fi
+    } >&2
+    return 2
+}
+
 # pyrealsense2's wheel is linked to it; without it the tests of the camera cannot even be collected.
 check_libusb() {
     [ "$(uname -s)" = Linux ] || return 0
@@ -132,7 +148,7 @@ warn_about_cuda_torch() {
 setup_env() {
     local level="$1" venv="$ROOT/.venv" mark stamp
     check_opengl || exit 2
-    if [ "$level" = dev ]; then check_haproxy || exit 2; check_libusb || exit 2; fi
+    if [ "$level" = dev ]; then check_haproxy || exit 2; check_libusb || exit 2; check_compiler || exit 2; fi
     make_venv "$venv" || exit 2
     stamp="$(fingerprint "$venv/bin/python" "${DEV_TOOLS[@]}")"
     for mark in "$venv/.vlm2vla-dev" "$venv/.vlm2vla-$level"; do

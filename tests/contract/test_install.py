@@ -4,6 +4,7 @@ These tests use pip as this machine has it configured, and so need its package i
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -25,8 +26,10 @@ ROBOT_DRIVERS = {"mujoco", "pyrealsense2", "interbotix-xs-modules", "opencv-pyth
                  "google-genai", "glfw", "vlm2vla-client", "vlm2vla-twin", "vlm2vla-training"}
 
 
-def run(*command: str | Path, timeout_s: float = 800) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=timeout_s)
+def run(*command: str | Path, timeout_s: float = 800, environment: dict[str, str] | None = None) -> str:
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=timeout_s, env=environment
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -160,3 +163,18 @@ def test_wheels_carry_their_types_and_pages(wheels: Path) -> None:
         source = next(ROOT.glob(f"*/src/{package}"))
         wanted = {str(path.relative_to(source.parent)) for path in source.rglob("*.py")}
         assert wanted <= set(names), "a folder without __init__.py is not packaged"
+
+
+def test_the_reader_compiled_reads_the_same(tmp_path: Path) -> None:
+    """What VLM2VLA_COMPILE=1 builds passes the tests of the reader; it needs a C compiler and Python's headers."""
+    source, target = tmp_path / "training", tmp_path / "compiled"
+    shutil.copytree(ROOT / "training", source, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "build"))
+    compiled = {**os.environ, "VLM2VLA_COMPILE": "1"}
+    install = ("-m", "pip", "install", "-q", "--no-deps", "-c", ROOT / "constraints.txt", "--target", target, source)
+    run(sys.executable, *install, environment=compiled)
+    first = {**os.environ, "PYTHONPATH": str(target)}
+    asked = "from vlm2vla_training.episodes import rlds, tfexample as e, tfrecord as r, wire; print(rlds, e, r, wire)"
+    assert run(sys.executable, "-c", asked, environment=first).count(".so") == 4
+    tests = [ROOT / "tests" / "training" / f"test_{name}.py" for name in ("tfrecord", "rlds", "ingest_spread")]
+    done = run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, environment=first)
+    assert " passed" in done and "failed" not in done
