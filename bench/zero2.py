@@ -33,7 +33,8 @@ def sft(args: argparse.Namespace, out: Path, accumulation: int) -> list[str]:
     """The arguments of `vlm2vla-train sft`."""
     batch = ["--batch-size", str(args.batch_size), "--accumulation", str(accumulation), "--warmup-steps", "2"]
     steps = ["--max-steps", str(args.steps), *EVERY_STEP, "--threads", "1", "--no-tensorboard"]
-    return ["sft", "--base", str(args.base), "--examples", str(args.examples), "--out", str(out), *batch, *steps]
+    what = ["--preset", args.preset, "--base", str(args.base), "--examples", str(args.examples), "--out", str(out)]
+    return ["sft", *what, *batch, *steps]
 
 
 def configuration(folder: Path) -> Path:
@@ -71,6 +72,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--examples", type=Path, required=True)
+    parser.add_argument("--preset", default="twin", help="of sft; others load the base in bfloat16")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=4, help="examples a micro-batch; two of them make a step")
     parser.add_argument("--out", type=Path, required=True)
@@ -88,6 +90,7 @@ def main() -> int:
         "two_processes_zero2": two,
         "largest_relative_difference": worst,
         "limit": LIMIT,
+        "preset": args.preset,
         "seconds": {"one": one_s, "two": two_s},
         "examples_a_step": 2 * args.batch_size,
         "versions": {

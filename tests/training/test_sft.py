@@ -9,12 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors import safe_open
 from safetensors.numpy import load_file
 from training_fakes import PICK, episode_of
 
 from vlm2vla_schema.types import ModelCard
 from vlm2vla_training.cli import main
 from vlm2vla_training.episodes.parquet import EpisodeWriter
+from vlm2vla_training.sft import PRESETS, load_base
 from vlm2vla_training.twin_model import write_random_base
 
 
@@ -223,6 +226,21 @@ def test_full_fine_tune_is_a_whole_model(
     assert (card.adapter_scope, card.adapted_modules) == ("full", 0)
     assert card.reference_logprobs and card.metrics["stored_weights"]["distance_nat"] < 1e-3
     assert (tmp_path / "model" / "config.json").exists() and (tmp_path / "model" / "tokenizer.json").exists()
+
+
+def test_a_full_fine_tune_in_bfloat16_loses_no_small_update(
+    base: Path, curated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adding 1e-5 to a weight of 0.02 changes nothing in bfloat16: one process trains float32, ZeRO its own copies."""
+    preset = PRESETS["full_finetune"]
+    assert preset.weights == "bfloat16" and load_base(base, preset).dtype == torch.float32
+    assert load_base(base, PRESETS["servable"]).dtype == torch.bfloat16
+    assert sft(base, curated, tmp_path / "run", "--preset", "full_finetune", "--max-steps", "1") == 0
+    with safe_open(tmp_path / "run/model/model.safetensors", "pt") as stored:
+        names = stored.keys()
+        assert {stored.get_tensor(name).dtype for name in names} == {torch.bfloat16}
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert load_base(base, preset).dtype == torch.bfloat16
 
 
 def test_a_run_goes_on_from_an_exported_adapter(

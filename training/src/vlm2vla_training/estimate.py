@@ -181,7 +181,8 @@ def disk_part(
         "annotated": sample.annotated_bytes / sample.episodes * total,
         "examples": sample.example_bytes / sample.episodes * total,
         "base": size.parameters * (4 if preset.weights == "float32" else 2),
-        "checkpoints": size.trained * width * 3 * _CHECKPOINTS,
+        # What is trained and AdamW's two moments of it, all in float32.
+        "checkpoints": size.trained * 4 * 3 * _CHECKPOINTS,
         "result": size.trained * width,
     }
     return {name: float(f"{value / _GB:.4g}") for name, value in sizes.items()}

@@ -229,6 +229,8 @@ def run_sft(args: argparse.Namespace) -> int:
     if not first:
         return 0
     target = args.out / ("model" if preset.full else "adapter")
+    if preset.full:
+        trainer.model.to(getattr(torch, preset.weights))
     save(trainer, args.base, target)
     losses = logged(args.out / LOG_FILE, "loss") or [float(result.training_loss)]
     held_out_losses = logged(args.out / LOG_FILE, "eval_loss")
@@ -409,14 +411,19 @@ def callbacks(args: argparse.Namespace) -> list[TrainerCallback]:
 
 
 def load_base(folder: Path, preset: Preset) -> Any:
-    """Load the base in the preset's type: as a mere path it would be float32 whatever the preset says."""
+    """Load the base in the preset's type: as a mere path it would be float32 whatever the preset says.
+
+    A full fine-tune needs float32 weights: an update of 1e-5 is lost in bfloat16. ZeRO keeps such weights itself.
+    """
     if preset.weights == "nf4":
         quantized = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )  # fmt: skip
         return AutoModelForImageTextToText.from_pretrained(folder, quantization_config=quantized, dtype=torch.bfloat16)
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, preset.weights))
+    kept_elsewhere = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    weights = "float32" if preset.full and not kept_elsewhere else preset.weights
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, weights))
     if not torch.cuda.is_available():
         model.set_attn_implementation(CPU_ATTENTION)
     return model
