@@ -49,8 +49,8 @@ class Moves:
     """The executor's ``on_event``.
 
     Every row that may move is recorded as a ``step``: the newest frame, the arm's state and the action, so that
-    recordings can be read back as training episodes. Called in the executor's thread; failures to take a picture are
-    recorded and do not stop the arm.
+    recordings can be read back as training episodes. Called in the executor's thread, which looks at no key and no
+    fault meanwhile, so nothing waits here for a camera: a picture that is not there is recorded as missing.
 
     Args:
         display: called with a frame and a caption at every substep, for the animation; None to leave it out.
@@ -149,7 +149,7 @@ class Moves:
         if not self._recorder.keeps_frames and self._display is None:
             return None  # nobody would ever see the picture
         try:
-            frame = self._camera.latest(STEP_FRAME_AGE_S, STEP_FRAME_AGE_S)
+            frame = self._camera.latest(STEP_FRAME_AGE_S, 0.0)
         except ClientError as error:
             self._event("error", where="step frame", type=type(error).__name__, message=str(error))
             return None
@@ -163,7 +163,7 @@ class Moves:
     def _picture(self) -> None:
         if self._display is not None:
             try:
-                self._show(self._camera.latest(STEP_FRAME_AGE_S, STEP_FRAME_AGE_S))
+                self._show(self._camera.latest(STEP_FRAME_AGE_S, 0.0))
             except ClientError:
                 return  # an animation with a missing picture is no reason to stop
 
