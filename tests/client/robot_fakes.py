@@ -83,6 +83,7 @@ class FakeArm(ReplayRobot):
     def __init__(self, clock: ManualClock, position_m: Sequence[float] = (0.30, 0.0, 0.15)) -> None:
         super().__init__(clock, joints_at(position_m))
         self.commands: list[tuple[FloatArray, float, float]] = []
+        self.tips_aside_m: list[float] = []  # of the finger tips from the end effector, along y, at each command
         self.grips: list[bool] = []
         self.holds: list[tuple[str, float]] = []
         self.fail_at_command: int | None = None
@@ -104,6 +105,8 @@ class FakeArm(ReplayRobot):
         if self.fail_at_command == len(self.commands):
             raise RobotError("no answer from the driver")
         self.commands.append((np.array(position_m), duration_s, self._clock.now_s()))
+        state = super().state()
+        self.tips_aside_m.append(float(np.abs(np.subtract(state.finger_tips_m, state.ee_position_m))[:, 1].max()))
         if self.drift_after is not None and len(self.commands) == self.drift_after[0]:
             self._from = self._goal = joints_at(self.drift_after[1])
         elif not self.stuck:

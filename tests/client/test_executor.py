@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from robot_fakes import FakeArm, ManualClock, ScriptedMonitor, limits, policy_context
 
@@ -172,6 +172,7 @@ row_values = st.floats(-0.12, 0.12) | st.sampled_from([0.05, -0.05, 0.0, math.na
     st.integers(1, 8),
     st.tuples(st.floats(-0.03, 0.03), st.floats(-0.03, 0.03), st.floats(-0.02, 0.03)),
 )
+@example([(0.0, 0.046875, 0.0, 0.0), (0.0, 0.0625, 0.0, 0.0)], (0.25, 0.125, 0.125), 1, (0.0, 0.0, 0.0))
 @settings(max_examples=150, deadline=None)
 def test_nothing_commanded_leaves_the_box_even_when_the_arm_is_pushed(
     rows: list[tuple[float, ...]], begin: tuple[float, ...], when: int, push: tuple[float, ...]
@@ -188,9 +189,10 @@ def test_nothing_commanded_leaves_the_box_even_when_the_arm_is_pushed(
     except AssertionError:
         return  # the push itself is not reachable
     low, high = np.array(bench.limits.box_min_m), np.array(bench.limits.box_max_m)
-    half = np.array([0.0, 0.037, 0.0])
     was = np.array(begin)
-    for number, (position, _, _) in enumerate(bench.arm.commands, start=1):
+    aside = zip(bench.arm.commands, bench.arm.tips_aside_m, strict=True)
+    for number, ((position, _, _), tips_m) in enumerate(aside, start=1):
+        half = np.array([0.0, tips_m, 0.0])  # less than 37 mm when the gripper is closed
         worst = np.maximum(np.maximum(low - (position - half), position + half - high), 0.0)
         allowed = np.maximum(np.maximum(low - (was - half), was + half - high), 0.0)
         assert (worst <= allowed + 1e-4).all()
