@@ -57,34 +57,20 @@ check_opengl() {
     return 2
 }
 
-# One test kills a replica behind this proxy.
-check_haproxy() {
-    PATH="$PATH:/usr/sbin:/usr/local/sbin" command -v haproxy >/dev/null && return 0
+# check_program NAME PACKAGES WHY: a program that one of the tests needs; installed as root on Debian, else asked for.
+check_program() {
+    local name="$1" packages="$2" why="$3"
+    PATH="$PATH:/usr/sbin:/usr/local/sbin" command -v "$name" >/dev/null && return 0
     if is_debian && [ "$(id -u)" = 0 ]; then
-        say "Installing haproxy, which one of the tests needs"
-        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-upgrade --no-install-recommends haproxy; } >&2 \
-            || die "apt-get could not install haproxy"
+        say "Installing $name: $why"
+        # shellcheck disable=SC2086
+        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-upgrade --no-install-recommends $packages; } >&2 \
+            || die "apt-get could not install $packages"
         return 0
     fi
     {
-        say "error: haproxy was not found; one of the tests puts it in front of two servers."
-        if is_debian; then say "  install it:  sudo apt-get install -y haproxy"; else say "  install your distribution's package haproxy."; fi
-    } >&2
-    return 2
-}
-
-# One test builds the compiled reader.
-check_compiler() {
-    command -v gcc >/dev/null && return 0
-    if is_debian && [ "$(id -u)" = 0 ]; then
-        say "Installing a C compiler, which one of the tests needs"
-        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-upgrade --no-install-recommends gcc libc6-dev; } >&2 \
-            || die "apt-get could not install gcc"
-        return 0
-    fi
-    {
-        say "error: gcc was not found; one of the tests builds the compiled reader with it."
-        if is_debian; then say "  install it:  sudo apt-get install -y gcc libc6-dev"; else say "  install your distribution's package gcc."; fi
+        say "error: $name was not found; $why."
+        if is_debian; then say "  install it:  sudo apt-get install -y $packages"; else say "  install your distribution's package $name."; fi
     } >&2
     return 2
 }
@@ -148,7 +134,11 @@ warn_about_cuda_torch() {
 setup_env() {
     local level="$1" venv="$ROOT/.venv" mark stamp
     check_opengl || exit 2
-    if [ "$level" = dev ]; then check_haproxy || exit 2; check_libusb || exit 2; check_compiler || exit 2; fi
+    if [ "$level" = dev ]; then
+        check_program haproxy haproxy "one of the tests puts it in front of two servers" || exit 2
+        check_program gcc "gcc libc6-dev" "one of the tests builds the compiled reader" || exit 2
+        check_libusb || exit 2
+    fi
     make_venv "$venv" || exit 2
     stamp="$(fingerprint "$venv/bin/python" "${DEV_TOOLS[@]}")"
     for mark in "$venv/.vlm2vla-dev" "$venv/.vlm2vla-$level"; do
