@@ -18,6 +18,12 @@ item lies above a card.
 copies an example set of pick_any and lets most tasks describe what they mean ("the item above the pan", "the purple
 item", "the item nearest to the fish", "the item furthest to the left") where that is unique in the scene. English, and
 without cards, as all robot data: a relation is learned from things, and cards are known to the base.
+
+    python bench/task_how.py lists --server http://localhost:8001 --model NAME
+
+`lists` asks a server for the subtasks of "pick up the carrot", "the eggplant" and "the banana" in four languages, over
+ten development scenes that hold all three, as out of distribution (T 1.0): does the list follow the name? The suites
+of the twin always mean the carrot.
 """
 
 from __future__ import annotations
@@ -33,6 +39,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -40,6 +47,8 @@ import task_words
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+from vlm2vla_client.scenes import choose_scene
+from vlm2vla_schema.images import encode_jpeg, to_base64
 from vlm2vla_training import demo_scenes, pretrain_data
 from vlm2vla_training.cli import main as train_main
 from vlm2vla_training.pretrain import offset_errors, spread_unmet
@@ -47,6 +56,8 @@ from vlm2vla_training.pretrain_batches import Batcher, Stills
 from vlm2vla_training.pretrain_data import COLOURS, GRASPABLE, HOVER_M, NAMES, Pair, list_m
 from vlm2vla_training.pretrain_settings import Settings
 from vlm2vla_training.twin_model import save_base
+from vlm2vla_twin.camera import Camera
+from vlm2vla_twin.physics import World
 from vlm2vla_twin.scene import KINDS, SceneSpec, resting
 from vlm2vla_twin.skills import Goal
 from vlm2vla_twin.truth import Truth
@@ -56,7 +67,9 @@ STILLS = range(212_000, 256_000)
 A_SHARD = 2000
 ABOVE_FROM = 400_000
 GAP_M = {"plate": (0.085, 0.098), "pan": (0.09, 0.099)}
-SHARE = 0.7
+SHARE = 0.8
+LIST_SEEDS, LIST_THINGS = range(520_000, 520_010), ("carrot", "eggplant", "banana")
+LANGUAGES = ("English", "Spanish", "Mandarin", "Hindi")
 
 
 # --- what the base is asked -------------------------------------------------------------------------------------------
@@ -295,26 +308,52 @@ def _described(row: dict[str, Any], counts: Counter[str]) -> str:
     return prompt.replace(named[0], f"overall task '{named[1]}{words}'")
 
 
+# --- what a list follows ----------------------------------------------------------------------------------------------
+
+
+def lists(args: argparse.Namespace) -> int:
+    """Print how many lists begin with the thing that the task names, by language and thing."""
+    right: Counter[str] = Counter()
+    for seed in LIST_SEEDS:
+        scene = choose_scene("recoge la zanahoria", None, seed).spec
+        picture = to_base64(encode_jpeg(Camera(World(scene)).rgb()))
+        for language, words in zip(LANGUAGES, task_words.TAKE[0], strict=True):
+            for thing in LIST_THINGS:
+                task = words.format(NAMES[thing][LANGUAGES.index(language)])
+                asked = {"image": picture, "task": task, "scenario": "out_of_distribution", "seed": seed}
+                answer = httpx.post(f"{args.server}/subtasks", json={**asked, "model": args.model}, timeout=120.0)
+                first = answer.json()["subtasks"][0] if answer.status_code == 200 else ""
+                right[f"{language} {thing}"] += first.lower() == f"move to {thing}"
+    for what, count in right.items():
+        print(f"{what}: {count} of {len(LIST_SEEDS)}")
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """One of the four."""
+    """One of the five."""
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["demos"]:
         demo_scenes.SUITES["pick_any"] = pick_above
         return train_main(given)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("render", "train", "demos", "describe"))
+    parser.add_argument("what", choices=("render", "train", "demos", "describe", "lists"))
     parser.add_argument("--base", type=Path, help="of train")
     parser.add_argument("--stills", type=Path, help="of render and train: train/ and dev/ in it")
     parser.add_argument("--examples", type=Path, help="of describe")
     parser.add_argument("--out", type=Path, help="of train and describe")
+    parser.add_argument("--server", help="of lists")
+    parser.add_argument("--model", help="of lists: an adapter's name")
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--seed", type=int, default=17)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(given)
-    needed = {"render": ("stills",), "train": ("base", "stills", "out"), "describe": ("examples", "out")}[args.what]
+    needed = {
+        "render": ("stills",), "train": ("base", "stills", "out"), "describe": ("examples", "out"),
+        "lists": ("server", "model"),
+    }[args.what]  # fmt: skip
     if missing := [name for name in needed if getattr(args, name) is None]:
         parser.error(f"{args.what} needs --{', --'.join(missing)}")
-    return {"render": render, "train": train, "describe": describe}[args.what](args)
+    return {"render": render, "train": train, "describe": describe, "lists": lists}[args.what](args)
 
 
 if __name__ == "__main__":

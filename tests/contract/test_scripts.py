@@ -17,6 +17,7 @@ SERVER = """#!{python}
 import http.server, pathlib, sys, os
 root = pathlib.Path(__file__).parents[2]
 (root / "server.pid").write_text(str(os.getpid()))
+(root / "server-arguments").write_text(" ".join(sys.argv[1:]))
 if (root / "server-fails").exists():
     sys.exit("cannot load the model")
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -104,6 +105,23 @@ def test_demo_passes_arguments_on_and_adds_no_second_default(checkout: Path) -> 
     assert arguments.count("--seed") == 1
     assert '"--max-cycles", "3"' in arguments
     assert '"--sim"' in arguments
+
+
+def test_demo_serves_another_model_and_lets_the_simulator_verify(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert demo(checkout).returncode == 0
+    assert "serve --twin " in (checkout / "server-arguments").read_text()
+    assert "--verifier" not in (checkout / "arguments.json").read_text()
+    monkeypatch.setenv("VLM2VLA_DEMO_MODEL", "models/other")
+    missing = demo(checkout)
+    assert missing.returncode == 2 and "models/other is missing" in missing.stderr
+    shutil.copytree(checkout / "models/twin", checkout / "models/other")
+    shutil.rmtree(checkout / "runs")
+    assert demo(checkout).returncode == 0
+    served = (checkout / "server-arguments").read_text()
+    assert "serve --model models/other/base --adapter twin=models/other/adapter " in served
+    assert '"--verifier", "twin"' in (checkout / "arguments.json").read_text()
 
 
 @pytest.mark.parametrize("code", [3, 5])
