@@ -35,8 +35,12 @@ def over_processes(workers: int) -> Spread:
 
     def spread(work: Work, texts: Sequence[str]) -> Iterator[str]:
         context.set_forkserver_preload([getattr(work, "func", work).__module__])
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        pool = ProcessPoolExecutor(workers, mp_context=context)
+        try:
             yield from pool.map(work, texts)
+        finally:
+            # Their end is nothing to wait for; what nobody will ask for any more is not begun.
+            pool.shutdown(wait=False, cancel_futures=True)
 
     return spread
 
