@@ -137,7 +137,7 @@ def in_twin(kind: str, moment: str, desk: TwinDesk, lateness: Lateness, folder: 
     faults = desk.faults
     row.exit_code = played.exit_code
     if faults.injected_s is None:
-        row.problems.append("the episode ended before the fault")
+        row.problems.append(f"the episode ended before the fault: {played.exit_code}, {played.message}")
     else:
         handed = about.observed and faults.observed_s is not None
         row.counted_from = "what the client was given" if handed else "the fault"

@@ -26,7 +26,8 @@ KEY = "AIza-secret-of-the-lab"
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A bare machine: no settings, no keys, no ROS."""
+    """A bare machine: no settings, no keys, no ROS; and room for a recording, whatever this computer's disk holds."""
+    monkeypatch.setattr(doctor_machine, "MIN_FREE_BYTES", 0)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     for name in ("GEMINI_API_KEY", "GOOGLE_API_KEY", "VLM2VLA_API_KEY"):
         monkeypatch.delenv(name, raising=False)
