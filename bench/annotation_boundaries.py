@@ -42,6 +42,7 @@ SIDEWAYS_M = 0.005
 STILL_M, STILL_ROWS = 0.004, 2
 OTHER_STILL_M = (0.001, 0.002, 0.003)
 AWAY_M = 0.020
+WIDE_OPEN = 0.9
 
 Array = NDArray[np.float64]
 Boundary = tuple[str, int]
@@ -76,6 +77,21 @@ def reopenings(fraction: Array, begin: int, end: int) -> list[Boundary]:
     return [("attempt|attempt", begin + int(row)) for row in opening]
 
 
+def hold_end(held: list[str | None], fraction: Array, hold: int) -> int:
+    """The first row without what is held from row `hold` on.
+
+    A slipping finger may lose contact for a row; what fell out and is touched again by fingers that never opened was
+    not taken hold of anew.
+    """
+    end = hold
+    while True:
+        end = next((row for row in range(end, len(held)) if not any(held[row : row + 3])), len(held))
+        again = next((row for row in range(end, len(held)) if held[row]), None)
+        if again is None or fraction[end:again].max() > WIDE_OPEN:
+            return end
+        end = again
+
+
 def true_boundaries(steps: list[dict[str, Any]], still_m: float) -> list[Boundary]:
     """Name and first row of every step behind the first, from one episode of truth.jsonl."""
     gripper = np.array([step["gripper_m"] for step in steps])
@@ -88,8 +104,7 @@ def true_boundaries(steps: list[dict[str, Any]], still_m: float) -> list[Boundar
         if hold is None:
             break
         thing = np.array([step["objects"][held[hold]] for step in steps])
-        # A slipping finger may lose contact for a row: a hold ends when the thing stays let go.
-        end = next((row for row in range(hold, len(steps)) if not any(held[row : row + 3])), len(steps))
+        end = hold_end(held, fraction, hold)
         before = reopenings(fraction, start, hold)
         close = before[0][1] if before else hold
         descent = last_where(gripper[start:close, 2] >= HOVER_M - HEIGHT_SLACK_M, 0) + start

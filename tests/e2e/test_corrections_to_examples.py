@@ -90,7 +90,7 @@ def examples(work: Path, key: str) -> list[dict[str, Any]]:
 def test_verified_words_are_steps_with_the_rows_that_followed_them(work: Path, recordings: Path) -> None:
     episode = annotated_by(work, "annotated")["recordings/verified"]
     human = {step.step_description: step for step in episode.steps if step.author == "human"}
-    assert set(human) == {SUBTASK, "Grasp Carrot"} and episode.annotator == "rules-2+corrections-1"
+    assert set(human) == {SUBTASK, "Grasp Carrot"} and episode.annotator == "rules-3+corrections-1"
     assert human["Grasp Carrot"].main_movements == PLAN
     recording = read_episode(recordings / "verified")
     for correction in (event for event in recording.events if event["event"] == "correction"):

@@ -30,12 +30,9 @@ _STILL_M = 0.006
 _RETRY_TRAVEL_M = 0.03
 # Only the last part of a long vertical descent is the grasp: what comes before brings the gripper above the object.
 _GRASP_DESCENT_M = 0.065
-# This many rows at rest, then motion in another direction: the aim was wrong and is corrected. After a longer rest the
-# direction does not matter: the first part stopped short.
+# This many rows at rest, then motion again: the aim was wrong and is corrected, or the first part stopped short.
 _PAUSE_ROWS = 2
-_LONG_PAUSE_ROWS = 3
 _REST_M = 0.0005
-_SAME_DIRECTION = 0.5
 # When a grasp failed and the one that held was farther than this from where the gripper had moved to, that move missed.
 _MISSED_M = 0.015
 
@@ -83,7 +80,7 @@ class RulesAnnotator:
         """Keep the meanings and how things are named."""
         self._means = {_canonical(text): english for text, english in (means or {}).items()}
         self._plain_names = plain_names
-        self.name = "rules-2-plain" if plain_names else "rules-2"
+        self.name = "rules-3-plain" if plain_names else "rules-3"
 
     def annotate(self, episode: Episode) -> AnnotatedEpisode:
         """Split and describe one episode.
@@ -194,20 +191,14 @@ def _pieces_of_goal(
 
 
 def _corrected(kind: str, goal: Goal, motion: NDArray[np.float64], begin: int, end: int) -> list[_Piece]:
-    """Split a motion where it rests and goes on, in another direction or after a long rest: each part but the last
-    missed its aim.
-    """
+    """Split a motion where it rests and goes on: each part but the last missed its aim."""
     resting = np.linalg.norm(motion[begin:end], axis=1) < _REST_M
     pieces: list[_Piece] = []
     start = begin
     for index in range(begin + _PAUSE_ROWS, end):
         here = index - begin
         paused = resting[here - _PAUSE_ROWS : here].all() and not resting[here]
-        long = here >= _LONG_PAUSE_ROWS and resting[here - _LONG_PAUSE_ROWS : here].all()
-        before, after = motion[start:index].sum(axis=0), motion[index:end].sum(axis=0)
-        lengths = float(np.linalg.norm(before) * np.linalg.norm(after))
-        turned = float(before @ after) < _SAME_DIRECTION * lengths
-        if paused and lengths > 0 and (long or turned):
+        if paused and motion[start:index].any() and motion[index:end].any():
             pieces.append(_Piece(kind, goal, start, index))
             start = index
     return [*pieces, _Piece(kind, goal, start, end)] if end > start else pieces
