@@ -100,7 +100,8 @@ def test_what_cannot_be_parsed_is_no_motion_and_other_errors_end_the_command(
 def test_a_rest_of_two_rows_splits_a_move_that_stopped_short() -> None:
     short: list[Segment] = [(0.06, 0.02, -0.03, 1, 4), (0.0, 0.0, 0.0, 1, 2), (0.06, 0.02, 0.0, 1, 4), *PICK[1:]]
     brief: list[Segment] = [short[0], (0.0, 0.0, 0.0, 1, 1), *short[2:]]
-    for segments, moves in ((short, 2), (brief, 1)):
+    settles: list[Segment] = [*short[:2], (0.015, 0.005, 0.0, 1, 2), *short[3:]]
+    for segments, moves in ((short, 2), (brief, 1), (settles, 1)):
         steps = RulesAnnotator().annotate(episode_of(segments, "pick up the carrot")).steps
         assert [step.step_description for step in steps].count("Move to Carrot") == moves
 

@@ -30,9 +30,11 @@ _STILL_M = 0.006
 _RETRY_TRAVEL_M = 0.03
 # Only the last part of a long vertical descent is the grasp: what comes before brings the gripper above the object.
 _GRASP_DESCENT_M = 0.065
-# This many rows at rest, then motion again: the aim was wrong and is corrected, or the first part stopped short.
+# This many rows at rest, then sideways at least so far: the aim was wrong and is corrected, or the first part stopped
+# short. After a rest nearer to where the motion ends it only settles there.
 _PAUSE_ROWS = 2
 _REST_M = 0.0005
+_CORRECTED_M = 0.018
 # When a grasp failed and the one that held was farther than this from where the gripper had moved to, that move missed.
 _MISSED_M = 0.015
 
@@ -191,14 +193,15 @@ def _pieces_of_goal(
 
 
 def _corrected(kind: str, goal: Goal, motion: NDArray[np.float64], begin: int, end: int) -> list[_Piece]:
-    """Split a motion where it rests and goes on: each part but the last missed its aim."""
+    """Split a motion where it rests away from its end and goes on: each part but the last missed its aim."""
     resting = np.linalg.norm(motion[begin:end], axis=1) < _REST_M
     pieces: list[_Piece] = []
     start = begin
     for index in range(begin + _PAUSE_ROWS, end):
         here = index - begin
         paused = resting[here - _PAUSE_ROWS : here].all() and not resting[here]
-        if paused and motion[start:index].any() and motion[index:end].any():
+        left_m = float(np.linalg.norm(motion[index:end, :2].sum(axis=0)))
+        if paused and motion[start:index].any() and left_m > _CORRECTED_M:
             pieces.append(_Piece(kind, goal, start, index))
             start = index
     return [*pieces, _Piece(kind, goal, start, end)] if end > start else pieces
