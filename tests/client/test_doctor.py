@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,10 +25,16 @@ from vlm2vla_client.verifiers.gemini_settings import record_consent
 KEY = "AIza-secret-of-the-lab"
 
 
+def disk_with(monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> None:
+    """So many bytes are free wherever `doctor` looks."""
+    usage = SimpleNamespace(free=free_bytes)
+    monkeypatch.setattr(doctor_machine, "shutil", SimpleNamespace(disk_usage=lambda _: usage, which=shutil.which))
+
+
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A bare machine: no settings, no keys, no ROS; and room for a recording, whatever this computer's disk holds."""
-    monkeypatch.setattr(doctor_machine, "MIN_FREE_BYTES", 0)
+    """A bare machine: no settings, no keys, no ROS; and a disk with 8 GiB free, whatever this computer's holds."""
+    disk_with(monkeypatch, 8 << 30)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     for name in ("GEMINI_API_KEY", "GOOGLE_API_KEY", "VLM2VLA_API_KEY"):
         monkeypatch.delenv(name, raising=False)
@@ -187,8 +194,9 @@ def test_ros_is_asked_under_its_own_python_without_ours(
 
 
 def test_the_disk_is_measured_where_recordings_will_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk_with(monkeypatch, doctor_machine.MIN_FREE_BYTES)
     (good,) = disk_findings(tmp_path / "not" / "made" / "yet")
-    assert good.good and str(tmp_path) in good.found
-    monkeypatch.setattr(doctor_machine, "MIN_FREE_BYTES", 1 << 60)
+    assert good.good and str(tmp_path) in good.found and "2.0 GiB" in good.found
+    disk_with(monkeypatch, doctor_machine.MIN_FREE_BYTES - 1)
     (full,) = disk_findings(tmp_path)
     assert not full.good and "--record" in full.remedy
