@@ -8,7 +8,7 @@ import pytest
 from qwen_model import IMAGE_SIZE, write_qwen
 
 from vlm2vla_schema import prompts
-from vlm2vla_schema.images import decode_to_square, encode_jpeg
+from vlm2vla_schema.images import decode_image, encode_jpeg, to_model_square
 from vlm2vla_server.engines import processors
 from vlm2vla_server.engines.base import Turn
 from vlm2vla_training import bases
@@ -57,7 +57,7 @@ def test_same_prompt_and_same_pixels(sides: Sides, name: str) -> None:
 
     # As the server does: the client's JPEG to the card's square, the model's own template and processor.
     turn = Turn("user", (*[None] * count, prompt))
-    pictures = [decode_to_square(data, size) for data in sent]
+    pictures = [to_model_square(decode_image(data), size) for data in sent]
     options = {"return_dict": True, "return_tensors": "np", "processor_kwargs": processors.picture_options(processor)}
     served = dict(processors.apply_template(processor, pictures, (turn,), tokenize=True, **options))
     text = processors.apply_template(processor, pictures, (turn,), tokenize=False)

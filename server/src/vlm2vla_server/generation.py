@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from vlm2vla_schema import messages as wire
 from vlm2vla_schema.errors import ImageError
-from vlm2vla_schema.images import decode_to_square, from_base64
+from vlm2vla_schema.images import decode_image, from_base64, to_model_square
 from vlm2vla_server.certainty import EVEN, certain, probability_done
 from vlm2vla_server.errors import InvalidImage, InvalidRequest
 from vlm2vla_server.policy import Clocking, Outcome, RowSink, Sampling, Spent
@@ -194,13 +194,13 @@ def refuse_control_tokens(service: Service, field: str, text: str | None) -> Non
 
 async def model_images(service: Service, model: ServedModel, texts: Sequence[str]) -> list[NDArray[np.uint8]]:
     """base64 texts to RGB squares of the model's size, on a thread. Raises InvalidImage."""
-    limit, size, pool = service.settings.max_image_pixels, model.card.image_size, service.resizing
+    limit, size = service.settings.max_image_pixels, model.card.image_size
 
     def decode() -> list[NDArray[np.uint8]]:
         squares = []
         for number, text in enumerate(texts, start=1):
             try:
-                squares.append(decode_to_square(from_base64(text), size, limit, pool))
+                squares.append(to_model_square(decode_image(from_base64(text), limit), size))
             except ImageError as problem:
                 raise InvalidImage(f"image {number} of {len(texts)}: {problem}") from None
         return squares

@@ -7,7 +7,6 @@ import json
 import logging
 import platform
 import time
-from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
@@ -30,7 +29,6 @@ log = logging.getLogger("vlm2vla_server")
 
 CUT_TIMEOUT_S = 2.0
 """How long requests that were ended may take to leave."""
-RESIZING_THREADS = 4
 ANY_SIZE = 448
 """Side in pixels of the pictures of a model that takes any, without card and adapter: whole patches of 14 and of 16
 pixels, merged two by two."""
@@ -76,7 +74,6 @@ class Service:
         self.policy = Policy(engine, self.metrics, log_texts=settings.log_texts)
         self.admission = Admission(settings.max_concurrency, self.metrics)
         self.episodes = Episodes()
-        self.resizing = ThreadPoolExecutor(RESIZING_THREADS, "vlm2vla-resize")  # starts threads when first used
         self.ready = False
         self.reason: str | None = "the model is loading"
         self.models: dict[str, ServedModel] = {}
@@ -116,7 +113,6 @@ class Service:
         if self._watching is not None:
             self._watching.cancel()
         await self.engine.close()
-        self.resizing.shutdown(wait=False, cancel_futures=True)
 
     async def drain(self, limit_s: float) -> None:
         """Refuse new requests, give those at work `limit_s` seconds, then end them: streams get their error event."""
