@@ -8,6 +8,7 @@ import io
 import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import cykooz_resizer
 import numpy as np
@@ -126,6 +127,26 @@ def test_files_cut_anywhere_are_refused(kind: str) -> None:
     for length in range(len(data)):
         with pytest.raises(ImageError):
             decode_image(data[:length])
+
+
+@pytest.mark.parametrize("size", [(640, 480), (1, 1), (17, 33), (101, 8)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"subsampling": "4:4:4"},
+        {"subsampling": "4:2:2"},
+        {"subsampling": "4:2:0"},
+        {"subsampling": "4:2:0", "progressive": True},
+        {"keep_rgb": True},
+    ],
+)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_jpeg_files_are_read_as_pillow_reads_them(size: tuple[int, int], options: dict[str, Any], mode: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).convert(mode).save(buffer, format="JPEG", **options)
+    with Image.open(io.BytesIO(buffer.getvalue())) as image:
+        assert np.array_equal(decode_image(buffer.getvalue()), np.asarray(image.convert("RGB")))
 
 
 def test_jpeg_files_of_endless_scans_are_refused() -> None:
