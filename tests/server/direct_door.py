@@ -33,9 +33,8 @@ from vlm2vla_schema.types import ModelCard
 from vlm2vla_server import logs
 from vlm2vla_server.app import create_app
 from vlm2vla_server.bodies import parse_json
-from vlm2vla_server.cli import SWITCH_INTERVAL_S
 from vlm2vla_server.engines.base import Delta, Engine, GenerationRequest
-from vlm2vla_server.serving import http_config
+from vlm2vla_server.serving import http_config, tune_process
 from vlm2vla_server.settings import Settings
 from vlm2vla_server.stages import actions_stage
 
@@ -115,7 +114,7 @@ def main() -> None:
     settings, engine = _parts(door, folder)
     name, path = settings.adapters[0] if settings.adapters else (None, settings.require_model())
     app = create_app(settings, engine)
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    tune_process()
     logs.setup("json")  # as `vlm2vla-server serve` does
     direct = DirectDoor(app, engine, ModelCard.read(path), name, settings.max_row_translation_m)
     uvicorn.Server(http_config(direct, "127.0.0.1", port)).run()

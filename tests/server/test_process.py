@@ -7,6 +7,8 @@ import json
 import select
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -199,3 +201,36 @@ def _until_draining(url: str) -> None:
 def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     """httpx must talk to this machine directly."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+PICTURES = """
+import resource, threading
+from vlm2vla_server.serving import tune_process
+
+def pictures():
+    return [bytes([number]) * (640 * 480 * 3) for number in range(3)]
+
+def count():
+    for _ in range(5):
+        pictures()
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    for _ in range(20):
+        pictures()
+    print(resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before)
+
+if {tuned}:
+    tune_process()
+thread = threading.Thread(target=count)
+thread.start()
+thread.join()
+"""
+
+
+def fresh_pages(tuned: bool) -> int:
+    """How many pages a thread fetched from the system for twenty times three pictures, after the first ones."""
+    command = [sys.executable, "-c", PICTURES.format(tuned=tuned)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout)
+
+
+def test_a_request_takes_its_pictures_from_memory_that_the_last_one_freed() -> None:
+    assert fresh_pages(tuned=True) < 100 < 5_000 < fresh_pages(tuned=False)

@@ -22,8 +22,6 @@ from vlm2vla_server.settings import ENGINES, Settings
 log = logging.getLogger("vlm2vla_server")
 
 EXIT_OK, EXIT_NOT_READY, EXIT_USAGE, EXIT_ENGINE_DIED = 0, 1, 2, 3
-SWITCH_INTERVAL_S = 0.001
-"""Python's default lets the engine's thread keep the interpreter 5 ms at a time; /healthz should not wait for that."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -160,7 +158,7 @@ def serve(settings: Settings) -> int:
     """Serve until SIGINT or SIGTERM, or until the engine dies."""
     settings.require_model()
     service = Service(settings, build_engine(settings))
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    serving.tune_process()
     log.info("serving on http://%s:%s (loading; GET /readyz says when it is done)", settings.host, settings.port)
     started = serving.run(build_app(service), service)
     if service.dead.is_set():
