@@ -8,6 +8,8 @@ base64, JSON, sockets, decoding, resizing, the prompt, strict parsing, the answe
 once; the same at a GPU's pace (--prefill-ms, --token-ms); with --model, the real model on this CPU. Musts: at most 8 ms
 at p50 with the small picture of the twin's model, and the streamed first row of a four-row chunk in at most half of
 the whole chunk's time. Exit code 1 and `missed` say what did not hold; `load_average` says how busy the machine was.
+A real model's own time scatters, so the difference of two calls does too: `overhead_error_ms` is the standard error of
+its median, and more --requests make it smaller.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import platform
 import subprocess
@@ -61,6 +64,13 @@ def shares(values: Sequence[float]) -> dict[str, float]:
     return {f"p{share}": round(quantile(ordered, share / 100), 3) for share in (10, 50, 95, 99)}
 
 
+def median_error(values: Sequence[float]) -> float:
+    """The standard error of a median, from the middle two thirds of the values: outliers count for nothing in it."""
+    ordered = sorted(values)
+    spread = (quantile(ordered, 0.84) - quantile(ordered, 0.16)) / 2.0
+    return round(math.sqrt(math.pi / 2.0 / len(ordered)) * spread, 3)
+
+
 def overhead(connection: ServerConnection, jpeg: bytes, seeds: Sequence[int]) -> dict[str, Any]:
     """Each seed once over HTTP and once directly, the order changing from one to the next."""
     http, direct, extra, preprocess, parse = [], [], [], [], []
@@ -86,6 +96,7 @@ def overhead(connection: ServerConnection, jpeg: bytes, seeds: Sequence[int]) ->
         "http_ms": shares(http),
         "direct_ms": shares(direct),
         "overhead_ms": shares(extra),
+        "overhead_error_ms": median_error(extra),
         "server_preprocess_ms": shares(preprocess),
         "server_parse_ms": shares(parse),
         "ratio_p50": round(shares(http)["p50"] / max(shares(direct)["p50"], 1e-9), 4),

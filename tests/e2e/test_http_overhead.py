@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -63,3 +64,10 @@ def test_what_is_missed_is_named(bench: Any) -> None:
     assert [line.split(":")[0] for line in bench.missed_musts({"double_paced": slow})] == ["double_paced"] * 2
     assert bench.missed_musts({"model": {**good, "streamed": {"chunks": 0}}}) == []
     assert json.dumps(bench.shares([1.0, 2.0, 3.0])) == '{"p10": 1.2, "p50": 2.0, "p95": 2.9, "p99": 2.98}'
+
+
+def test_the_error_of_a_median_falls_with_the_number_of_pairs(bench: Any) -> None:
+    draw = random.Random(0)
+    few, many = ([draw.gauss(8.0, 70.0) for _ in range(count)] for count in (200, 5000))
+    assert bench.median_error(few) == pytest.approx(1.2533 * 70.0 / 200**0.5, rel=0.2)
+    assert bench.median_error(many) == pytest.approx(1.2533 * 70.0 / 5000**0.5, rel=0.05)
