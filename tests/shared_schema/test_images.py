@@ -149,6 +149,17 @@ def test_jpeg_files_are_read_as_pillow_reads_them(size: tuple[int, int], options
         assert np.array_equal(decode_image(buffer.getvalue()), np.asarray(image.convert("RGB")))
 
 
+def test_jpeg_files_damaged_inside_are_refused_though_pillow_shows_something() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    data = bytearray(encode_jpeg(noise))
+    middle = len(data) // 2
+    data[middle : middle + 40] = b"\xff\x00" * 20
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+    with pytest.raises(ImageError, match="complete"):
+        decode_image(bytes(data))
+
+
 def test_jpeg_files_of_endless_scans_are_refused() -> None:
     buffer = io.BytesIO()
     Image.fromarray(gradient(64, 64)).save(buffer, format="JPEG", progressive=True)

@@ -19,10 +19,10 @@ from PIL import Image
 
 from vlm2vla_schema.errors import ImageError
 
-if platform.machine() == "aarch64":  # Linux on ARM, for which it is not built
-    fast = None
-else:
+if platform.machine() != "aarch64":
     import cykooz_resizer as fast  # Rust's fast_image_resize
+else:  # Linux on ARM, for which it is not built
+    fast = None
 
 JPEG_QUALITY = 95
 MAX_WIDTH = 640
