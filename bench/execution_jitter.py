@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ from vlm2vla_client.machine import about_machine, current_commit
 from vlm2vla_client.physical import PhysicalRun, run_on_arm
 from vlm2vla_client.policies.base import Answered, Asked, CycleEvent, PolicyInfo, RowArrived, Scenario, SubtasksAnswer
 from vlm2vla_client.progress import SilentProgress
-from vlm2vla_client.robots.base import FloatArray
+from vlm2vla_client.robots.base import FloatArray, RobotCapabilities
 from vlm2vla_client.robots.replay import ReplayRobot
+from vlm2vla_client.robots.widowx import ARRIVAL_TOLERANCE_M
 from vlm2vla_client.safety import Limits
 from vlm2vla_client.verifiers.none import NoVerifier
 from vlm2vla_schema.types import Frame
@@ -50,6 +52,11 @@ class TimedRobot(ReplayRobot):
     def __init__(self, clock: SystemClock) -> None:
         super().__init__(clock)
         self.commands: list[tuple[float, float]] = []
+
+    @property
+    def capabilities(self) -> RobotCapabilities:
+        """It counts as arrived where an arm does, for it is driven like one."""
+        return replace(super().capabilities, arrival_tolerance_m=ARRIVAL_TOLERANCE_M)
 
     def command(self, position_m: FloatArray, rotation: FloatArray, duration_s: float) -> None:
         self.commands.append((time.monotonic(), duration_s))

@@ -13,6 +13,7 @@ from robot_fakes import FakeArm, ManualClock, ScriptedMonitor, limits, policy_co
 
 from vlm2vla_client.errors import ConfigurationError, RobotError
 from vlm2vla_client.executor import ChunkResult, Executor, MotionStart, Outcome
+from vlm2vla_client.physical import CHECK_AHEAD_S
 from vlm2vla_client.safety import Reason, RobotState, SafetyContext
 
 OPERATOR = SafetyContext("e1", "e1", None, None, source="operator")
@@ -330,11 +331,11 @@ class Looked(FakeArm):
         return super().state()
 
     def command(self, position_m: Any, rotation: Any, duration_s: float) -> None:
-        assert self._clock.now_s() - self.looked_s <= 0.004 + 1e-9, "moved by an old look"
+        assert self._clock.now_s() - self.looked_s <= CHECK_AHEAD_S / 2 + 1e-9, "moved by an old look"
         super().command(position_m, rotation, duration_s)
 
 
-@pytest.mark.parametrize("ahead_s", [0.0, 0.004])
+@pytest.mark.parametrize("ahead_s", [0.0, CHECK_AHEAD_S])
 def test_a_disk_that_takes_a_second_does_not_come_between_a_check_and_its_motion(ahead_s: float) -> None:
     bench = Bench()
     bench.arm = Looked(bench.clock)
@@ -365,7 +366,7 @@ def test_the_next_substep_is_checked_ahead_and_follows_without_a_pause() -> None
         bench.arm,
         bench.clock,
         bench.limits,
-        ahead_s=0.004,
+        ahead_s=CHECK_AHEAD_S,
         on_event=lambda kind, _: bench.clock.sleep_s(slow.get(kind, 0)),
     )
     executor.run_chunk([[0.05, 0.0, 0.0, 1]], OPERATOR)

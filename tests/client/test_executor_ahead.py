@@ -1,38 +1,51 @@
-"""The row that follows is checked before the one under way has ended, and again when anything is not as it was then."""
+"""What follows is checked before the substep under way has ended, and again when anything is not as expected then."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from robot_fakes import FakeArm, ManualClock, limits
+from robot_fakes import FakeArm, ManualClock, limits, state_at
 
 from vlm2vla_client import checks
 from vlm2vla_client.errors import RobotError
 from vlm2vla_client.executor import ChunkResult, Executor, Outcome
+from vlm2vla_client.motion import Leg, UnderWay
+from vlm2vla_client.physical import CHECK_AHEAD_S
 from vlm2vla_client.safety import Decision, Reason, RobotState, SafetyContext, filter_row
+from vlm2vla_client.safety_geometry import rotation_of
 from vlm2vla_twin import kinematics
 
-AHEAD_S = 0.004
+AHEAD_S = CHECK_AHEAD_S
 OPERATOR = SafetyContext("e1", "e1", None, None, source="operator")
 ROWS = [[0.03, 0.0, 0.0, 1], [0.0, 0.03, -0.02, 1], [-0.01, 0.0, 0.0, 1]]
 
 
 class DisturbedArm(FakeArm):
-    """From a moment on it touches something, stands a little higher than it was sent, or does not hold any more."""
+    """From a moment on it touches something, is a little higher than it was sent, or does not hold any more."""
 
     moment_s = float("inf")
     touched = ""
     pushed_m = 0.0
     lost = False
+    gripped_s = float("inf")
+
+    def set_gripper(self, open_: bool, deadline_s: float) -> None:
+        self.gripped_s = self._clock.now_s()
+        super().set_gripper(open_, deadline_s)
 
     def state(self) -> RobotState:
         if self.pushed_m and self._clock.now_s() >= self.moment_s:
-            here = kinematics.forward(self._goal)
-            above_m = here.position_m + np.array([0.0, 0.0, self.pushed_m])
-            pushed = kinematics.inverse(above_m, here.rotation, self._goal, 1e-7, 1e-6)
-            assert pushed is not None
-            self._from, self._goal, self.pushed_m = pushed, pushed, 0.0
+            self._from, self._goal = self._above(self._from), self._above(self._goal)
+            self.pushed_m = 0.0
         return super().state()
+
+    def _above(self, joints_rad: Any) -> Any:
+        here = kinematics.forward(joints_rad)
+        above_m = here.position_m + np.array([0.0, 0.0, self.pushed_m])
+        pushed = kinematics.inverse(above_m, here.rotation, joints_rad, 1e-7, 1e-6)
+        assert pushed is not None
+        return pushed
 
     def hold(self, reason: str) -> None:
         if self.lost:
@@ -81,9 +94,9 @@ class Bench:
 
 
 def between_two_rows(monkeypatch: pytest.MonkeyPatch) -> float:
-    """The moment after the second row was checked ahead, before the first has ended: the same in every run."""
+    """A moment after the second row was checked ahead, before the arm is looked at again: the same in every run."""
     bench = Bench(monkeypatch)
-    return bench.first_row_ended_s(bench.run()) - AHEAD_S / 2
+    return bench.first_row_ended_s(bench.run()) - 0.75 * AHEAD_S
 
 
 def test_a_row_follows_at_once_however_slowly_things_are_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,13 +148,69 @@ def test_an_arm_that_stands_elsewhere_is_checked_again(
     assert any(moment_s < asked_s <= next_s for asked_s, _ in bench.asked) is again
 
 
-def test_a_fault_between_two_rows_starts_no_row_and_loses_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    moment_s = between_two_rows(monkeypatch)
+def test_a_substep_within_a_row_is_checked_again_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Bench(monkeypatch)
+    first.run(ROWS[:1])
+    (_, duration_s, at_s), (_, _, next_s), *_ = first.arm.commands
+    moment_s = at_s + duration_s - 0.75 * AHEAD_S
+    bench = Bench(monkeypatch, moment_s=moment_s, pushed_m=0.0025)
+    assert bench.run(ROWS[:1]).outcome is Outcome.COMPLETED
+    assert any(moment_s < asked_s <= next_s for asked_s, _ in bench.asked)
+
+
+def test_an_arm_that_keeps_beside_its_way_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(monkeypatch, position_error_m=0.002)
+    result = bench.run()
+    assert result.outcome is Outcome.COMPLETED
+    assert len(bench.asked) == len(result.rows) + len(bench.arm.commands)
+
+
+@pytest.mark.parametrize("next_row", [[0.0, 0.0, 0.0, 1], [0.0, 0.0, 0.0, 0]], ids=["nothing", "only the gripper"])
+def test_what_does_not_move_waits_until_the_row_before_has_ended(
+    monkeypatch: pytest.MonkeyPatch, next_row: list[float]
+) -> None:
+    bench = Bench(monkeypatch)
+    result = bench.run([ROWS[0], next_row])
+    assert result.outcome is Outcome.COMPLETED
+    ended_s = bench.first_row_ended_s(result)
+    assert bench.clock.now_s() >= ended_s - 1e-9 and bench.arm.gripped_s >= ended_s - 1e-9
+    assert len(bench.arm.grips) == (next_row[3] == 0)
+
+
+@pytest.mark.parametrize("turned_rad", [[0.0, 0.0, 0.0], [0.0, 0.2, 0.1]])
+@pytest.mark.parametrize("left", [0.25, 1.0])
+def test_the_state_to_expect_is_that_of_the_target_and_as_far_beside_it(turned_rad: list[float], left: float) -> None:
+    from_m, to_m, beside_m = np.array([0.30, 0.0, 0.15]), np.array([0.31, 0.01, 0.14]), np.array([0.0, 0.0, -0.003])
+    turned = np.array(turned_rad)
+
+    def at(share: float) -> RobotState:
+        turn = rotation_of(turned * share)
+        state = state_at([0.30, 0.0, 0.15])
+        arms, here_m = np.asarray(state.finger_tips_m) - from_m, from_m + share * (to_m - from_m) + beside_m
+        return replace(
+            state, ee_position_m=here_m, ee_rotation=turn @ state.ee_rotation, finger_tips_m=here_m + arms @ turn.T
+        )
+
+    leg = Leg(to_m, kinematics.Pose(from_m, kinematics.DOWN), turned, 1.0, 7, 1, 0.08)
+    target = kinematics.Pose(to_m, rotation_of(turned) @ kinematics.DOWN)
+    under_way = UnderWay(leg, from_m, target, ends_s=5.0)
+    coming, end = under_way.coming(at(1.0 - left), 5.0 - left * 0.08), at(1.0)
+    assert coming.ee_position_m == pytest.approx(end.ee_position_m, abs=1e-9)
+    assert np.asarray(coming.ee_rotation) == pytest.approx(np.asarray(end.ee_rotation), abs=0.01)  # angles do not add
+    assert np.asarray(coming.finger_tips_m) == pytest.approx(np.asarray(end.finger_tips_m), abs=3e-4)
+    assert under_way.coming(end, 5.0) is end
+
+
+@pytest.mark.parametrize("later_s", [0.0, AHEAD_S / 2], ids=["before the second look", "after it"])
+def test_a_fault_between_two_rows_starts_no_row_and_loses_no_line(
+    monkeypatch: pytest.MonkeyPatch, later_s: float
+) -> None:
+    moment_s = between_two_rows(monkeypatch) + later_s
     bench = Bench(monkeypatch)
     bench.pressed_s = moment_s
     result = bench.run()
     assert result.outcome is Outcome.FAULT and len(bench.arm.holds) == 1
-    assert bench.told[-2:] == ["fault", "hold"] and bench.told.count("row") == 1
+    assert bench.told[-2:] == ["fault", "hold"] and bench.told.count("substep") == len(bench.arm.commands)
     assert not any(commanded_s > moment_s for _, _, commanded_s in bench.arm.commands)
 
 

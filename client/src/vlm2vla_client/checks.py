@@ -1,8 +1,8 @@
 """What the executor asks before anything moves: a fresh state, what the arm touches, and the filter's word.
 
-The filter is asked about every row, and again about every substep, with the newest state. Shortly before a row has
-ended the next one and its first substep are checked ahead. Right before the command the newest state says whether that
-check still holds; if not, it is made again.
+The filter is asked about every row, and again about every substep, with the newest state. Shortly before a substep has
+ended, what follows it is checked ahead, from where the arm is expected then. When the time has nearly come, the newest
+state says whether it still gets there; if not, the check is made again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from vlm2vla_client.clock import Clock
 from vlm2vla_client.errors import RobotError
-from vlm2vla_client.motion import Ahead, Judged, Leg, as_if_at, plan_leg, row_between
+from vlm2vla_client.motion import Ahead, FloatArray, Judged, Leg, as_if_at, plan_leg, row_between
 from vlm2vla_client.robots.base import Robot
 from vlm2vla_client.safety import Decision, Limits, RobotState, SafetyContext, filter_row
 from vlm2vla_client.safety_types import CONTACT_MARGIN_M
@@ -24,6 +24,8 @@ from vlm2vla_twin.kinematics import Pose, forward
 
 MAX_STATE_AGE_S: Final = 0.25
 MAX_STATE_MISMATCH_M: Final = 0.02
+#: A look at the arm is not repeated within this time: even at full speed it moves half a millimetre in it.
+SAME_LOOK_S: Final = 0.002
 
 
 class Checks:
@@ -37,13 +39,17 @@ class Checks:
     def __init__(self, robot: Robot, clock: Clock, limits: Limits, pace: Limits) -> None:
         self._robot, self._clock, self._limits, self._pace = robot, clock, limits, pace
         self._foreseen: Judged | None = None
+        self._looked: tuple[float, RobotState] | None = None
 
     def forget(self) -> None:
-        """What was checked ahead belongs to a chunk that has ended."""
-        self._foreseen = None
+        """What was seen and checked ahead belongs to a chunk that has ended."""
+        self._foreseen = self._looked = None
 
     def state(self) -> RobotState:
-        """A fresh measurement that does not contradict itself. Raises RobotError when there is none."""
+        """A measurement of this moment that does not contradict itself. Raises RobotError when there is none."""
+        now_s = self._clock.now_s()
+        if self._looked is not None and now_s - self._looked[0] <= SAME_LOOK_S:
+            return self._looked[1]
         state = self._robot.state()
         age_s = self._clock.now_s() - state.stamp_s
         if not age_s <= MAX_STATE_AGE_S:
@@ -55,6 +61,7 @@ class Checks:
             raise RobotError(
                 f"the arm's joints and its reported position disagree by {1000 * gap_m:.0f} mm: recalibrate"
             )
+        self._looked = now_s, state
         return state
 
     def row(self, row: Sequence[float], context: SafetyContext, state: RobotState, base: Pose) -> Judged:
@@ -73,15 +80,21 @@ class Checks:
             return ahead.decision
         return filter_row(row_between(state, wanted, leg), state, touching, self._limits)
 
-    def foresee(self, row: Sequence[float], base: Pose, context: SafetyContext) -> None:
-        """Checks a row and its first substep while the row before it is about to end at ``base``. Commands nothing."""
-        state = self.state()
-        touching = self._touching(context, state)
-        self._foreseen = self._judge(row, as_if_at(state, base), base, touching)
+    def foresee_substep(
+        self, leg: Leg, at_m: FloatArray, step: int, context: SafetyContext, coming: RobotState
+    ) -> None:
+        """Checks a substep that begins at ``at_m`` before its time, with the state expected then. Commands nothing."""
+        touching = self._touching(context, coming)
+        decision = filter_row(row_between(coming, leg.wanted(at_m, step), leg), coming, touching, self._limits)
+        leg.ahead = Ahead(coming, touching, decision) if decision.verdict == "pass" else None
+
+    def foresee_row(self, row: Sequence[float], base: Pose, context: SafetyContext, coming: RobotState) -> None:
+        """Checks a row and its first substep, as ``foresee_substep``."""
+        touching = self._touching(context, coming)
+        self._foreseen = self._judge(row, as_if_at(coming, base), base, touching)
         leg = self._foreseen.leg
         if leg is not None and leg.steps:
-            decision = self.substep(leg.wanted(base.position_m, 1), leg, context, state)
-            leg.ahead = Ahead(state, touching, decision) if decision.verdict == "pass" else None
+            self.foresee_substep(leg, base.position_m, 1, context, coming)
 
     def _judge(self, row: Sequence[float], here: RobotState, base: Pose, touching: SafetyContext) -> Judged:
         decision = filter_row(row, here, touching, self._limits)

@@ -17,7 +17,7 @@ from vlm2vla_client.checks import Checks
 from vlm2vla_client.clock import Clock
 from vlm2vla_client.errors import ConfigurationError, RobotError
 from vlm2vla_client.executor_types import ChunkResult, Monitor, Monitors, MotionStart, NoMonitor, Outcome, RowResult
-from vlm2vla_client.motion import Leg, apply_decision, row_data, substep_data
+from vlm2vla_client.motion import FloatArray, Leg, UnderWay, apply_decision, row_data, substep_data
 from vlm2vla_client.robots.base import Robot
 from vlm2vla_client.safety import Limits, Reason, RobotState, SafetyContext
 from vlm2vla_client.safety_types import MAX_ZEROED_ROWS
@@ -52,7 +52,8 @@ class Executor:
         gripper: what the gripper is known to be told already (1 open, 0 closed), so that rows of the same value leave
             its grip alone; None: the first row commands it.
         ahead_s: how long before a substep has ended the next one, or the next row, is checked, so that it can follow
-            without a pause. 0 where time is simulated: there it does not pass meanwhile.
+            without a pause; half that time before, the arm is looked at again. 0 where time is simulated: there it
+            does not pass meanwhile.
     """
 
     def __init__(
@@ -82,7 +83,8 @@ class Executor:
         self._busy = threading.Lock()
         self._commanded: Pose | None = None
         self._gripper = gripper
-        self._ahead_s = ahead_s
+        self._ahead_s, self._again_s = ahead_s, ahead_s / 2
+        self._under_way: UnderWay | None = None  # not where time is simulated: there a substep ends as it begins
         self._between_rows = False  # then nothing is written down until the arm moves again
         self._unsaid: list[tuple[str, dict[str, Any]]] = []
 
@@ -117,6 +119,7 @@ class Executor:
             raise
         finally:
             self._checks.forget()
+            self._under_way = None
             self._busy.release()
 
     def hold(self, reason: str) -> None:
@@ -179,8 +182,8 @@ class Executor:
     def _row(
         self, index: int, row: Sequence[float], context: SafetyContext, following: Sequence[float] | None
     ) -> tuple[RowResult, Leg | None]:
-        state = self._checks.state()
-        judged = self._checks.row(row, context, state, self._base(state))
+        coming = self._coming(self._checks.state())
+        judged = self._checks.row(row, context, coming, self._base(coming))
         decision, leg, given = judged.decision, judged.leg, list(row)
         if leg is None or leg.steps == 0:
             self._between_rows = False
@@ -188,6 +191,7 @@ class Executor:
         if leg is None:
             return RowResult(index, given, decision, 0, False), None
         if leg.steps == 0:
+            self._let_move(0.0)  # what the row before still does
             self._move_gripper(leg.gripper)
             return RowResult(index, given, decision, 0, True), leg
         plain = decision.verdict == "pass" and leg.gripper == self._gripper
@@ -233,63 +237,77 @@ class Executor:
 
         ``following``: the row after this one, where nothing but its arrival comes between them.
         """
-        at = leg.base.position_m
-        ends_s = -math.inf
+        at_m = leg.base.position_m
         # Rows in a row are counted here, not substeps.
         plain = replace(context, fully_zeroed_rows_before=0)
         for step in range(1, leg.steps + 1):
             self._poll()
             state = self._checks.state()
-            wanted = leg.wanted(at, step)
-            decision = self._checks.substep(wanted, leg, plain, state)
-            target = apply_decision(state, wanted, decision, leg)
+            coming = self._coming(state)
+            wanted = leg.wanted(at_m, step)
+            decision = self._checks.substep(wanted, leg, plain, coming)
+            target = apply_decision(coming, wanted, decision, leg)
             if target is not None:
-                self._clock.sleep_s(ends_s - self._clock.now_s() if self._ahead_s else 0.0)
-                ends_s = self._command(target, leg.step_s)
+                self._command(leg, at_m, target)
             self._between_rows = False
             # Only now: a disk that takes a second must not come between a check and its motion.
             self._emit("substep", substep_data(step, leg, state, target, decision))
             if target is None:
                 leg.stop = decision
                 return
-            at = target.position_m
+            at_m = target.position_m
             leg.done += 1
-            last = step == leg.steps or decision.ends_chunk
-            foresees = following is not None and last and not (decision.ends_chunk or leg.touched)
-            self._let_move(leg.step_s, ends_s, self._ahead_s if foresees or not last else 0.0)
             if decision.ends_chunk:
+                self._let_move(leg.step_s)
                 leg.stop = decision
                 return
-            if foresees and following is not None:
-                self._checks.foresee(following, target, plain)
+            ends = step == leg.steps
+            if not self._ahead_s or (ends and (following is None or leg.touched)):
+                self._let_move(leg.step_s)
+                continue
+            self._let_move(leg.step_s, self._ahead_s)
+            coming = self._coming(self._checks.state())
+            if not ends:
+                self._checks.foresee_substep(leg, at_m, step + 1, plain, coming)
+            elif following is not None:
+                self._checks.foresee_row(following, target, plain, coming)
                 self._between_rows = True
-                self._let_move(0.0, ends_s, 0.0)
+            self._let_move(0.0, self._again_s)
 
-    def _command(self, target: Pose, duration_s: float) -> float:
-        """Starts a substep; the time at which it ends."""
-        ends_s = self._clock.now_s() + duration_s
-        self._robot.command(target.position_m, target.rotation, duration_s)
+    def _coming(self, state: RobotState) -> RobotState:
+        """The state to expect when the substep under way has ended."""
+        return state if self._under_way is None else self._under_way.coming(state, self._clock.now_s())
+
+    def _command(self, leg: Leg, from_m: FloatArray, target: Pose) -> None:
+        """Starts a substep when the one under way has ended."""
+        if self._under_way is not None:
+            self._let_move(0.0)
+            self._poll()
+        ends_s = self._clock.now_s() + leg.step_s
+        self._robot.command(target.position_m, target.rotation, leg.step_s)
         self._commanded = target
-        return ends_s
+        self._under_way = UnderWay(leg, from_m, target, ends_s) if self._ahead_s else None
 
-    def _let_move(self, duration_s: float, ends_s: float, ahead_s: float) -> None:
-        """Waits for a substep's end, or until the next one is to be checked. Simulated motion takes all of its time."""
-        self._clock.sleep_s(ends_s - ahead_s - self._clock.now_s() if self._ahead_s else duration_s)
+    def _let_move(self, duration_s: float, before_s: float = 0.0) -> None:
+        """Waits until so long before the substep under way has ended. Simulated motion takes all of its time."""
+        under_way = self._under_way
+        self._clock.sleep_s(duration_s if under_way is None else under_way.ends_s - before_s - self._clock.now_s())
 
     def _arrive(self) -> bool:
         """Wait until the arm is where the last substep sent it, or the deadline."""
         goal = self._commanded
         assert goal is not None
-        began_s = self._clock.now_s()
+        now_s = self._clock.now_s()
+        ends_s = now_s if self._under_way is None else max(self._under_way.ends_s, now_s)
         while True:
             self._poll()
             error_m = math.dist(self._checks.state().ee_position_m, goal.position_m)
-            waited_s = self._clock.now_s() - began_s
+            waited_s = self._clock.now_s() - ends_s
             arrived = error_m <= self._robot.capabilities.arrival_tolerance_m
             if arrived or waited_s >= ARRIVAL_DEADLINE_S:
-                self._emit("arrival", {"arrived": arrived, "error_m": error_m, "waited_s": waited_s})
+                self._emit("arrival", {"arrived": arrived, "error_m": error_m, "waited_s": max(waited_s, 0.0)})
                 return arrived
-            self._clock.sleep_s(_POLL_S)
+            self._clock.sleep_s(_POLL_S if waited_s >= 0.0 else -waited_s)
 
     def _move_gripper(self, gripper: float) -> None:
         """Open or close, and wait until the fingers arrive or stop (an object between them), at most the deadline."""

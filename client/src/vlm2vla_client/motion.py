@@ -17,21 +17,21 @@ from vlm2vla_twin.kinematics import Pose
 FloatArray = NDArray[np.float64]
 
 
-#: How far the arm may be from where it was checked ahead: half of what counts as touching. At full speed it comes
-#: 1 mm further in 4 ms.
+#: How far the arm may be from where it was expected when it was checked ahead: half of what counts as touching.
 AHEAD_TOLERANCE_M: Final = 0.0015
+AHEAD_TOLERANCE_RAD: Final = 0.02
 
 
 @dataclass(frozen=True, eq=False)
 class Ahead:
-    """A check of a substep that passed shortly before its time, and what was known then."""
+    """A check of a substep that passed shortly before its time, and where the arm was expected then."""
 
     state: RobotState
     context: SafetyContext
     decision: Decision
 
     def still_holds(self, state: RobotState, context: SafetyContext) -> bool:
-        """Whether the arm touches the same now, and stands where it stood but for what it moves in that time."""
+        """Whether the arm touches now what it touched then, and has come where it was expected."""
         return context == self.context and _near(state, self.state)
 
 
@@ -60,6 +60,32 @@ class Leg:
 
 
 @dataclass(frozen=True, eq=False)
+class UnderWay:
+    """A substep that the arm is doing: of ``leg``, from ``from_m`` to ``target``, until ``ends_s``."""
+
+    leg: Leg
+    from_m: FloatArray
+    target: Pose
+    ends_s: float
+
+    def coming(self, state: RobotState, now_s: float) -> RobotState:
+        """The state to expect when it has ended; ``state`` itself when it has.
+
+        The arm is taken to move evenly, and to be as far beside its target then as it is beside its way now.
+        """
+        if now_s >= self.ends_s:
+            return state
+        left = min((self.ends_s - now_s) / self.leg.step_s, 1.0)
+        here_m = np.asarray(state.ee_position_m)
+        there_m = here_m + left * (self.target.position_m - self.from_m)
+        arms, rotation = np.asarray(state.finger_tips_m) - here_m, np.asarray(state.ee_rotation)
+        if self.leg.turned_rad.any():
+            turn = rotation_of(self.leg.turned_rad * (left / self.leg.steps))
+            arms, rotation = arms @ turn.T, turn @ rotation
+        return replace(state, ee_position_m=there_m, ee_rotation=rotation, finger_tips_m=there_m + arms)
+
+
+@dataclass(frozen=True, eq=False)
 class Judged:
     """The filter's word on a row, and all that it was asked with. leg: None for a row that was refused."""
 
@@ -79,10 +105,12 @@ class Judged:
 
 
 def _near(state: RobotState, other: RobotState) -> bool:
-    """Whether end effector and finger tips are where they were a moment ago."""
+    """Whether end effector and finger tips are in the same place, the gripper points the same way, and both are new."""
     now, then = (state.ee_position_m, *state.finger_tips_m), (other.ee_position_m, *other.finger_tips_m)
     lately = state.stamp_s - other.stamp_s <= MAX_SUBSTEP_S
-    return lately and all(math.dist(a, b) <= AHEAD_TOLERANCE_M for a, b in zip(now, then, strict=True))
+    turned = sum(row[0] * other_row[0] for row, other_row in zip(state.ee_rotation, other.ee_rotation, strict=True))
+    placed = all(math.dist(a, b) <= AHEAD_TOLERANCE_M for a, b in zip(now, then, strict=True))
+    return lately and placed and turned >= math.cos(AHEAD_TOLERANCE_RAD)
 
 
 def plan_leg(state: RobotState, base: Pose, row: list[float], pace: Limits) -> Leg:
