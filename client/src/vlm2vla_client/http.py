@@ -8,6 +8,7 @@ network.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import time
@@ -105,6 +106,12 @@ def _json(values: Mapping[str, Any], images: Mapping[str, bytes]) -> bytes:
     members = [json.dumps(values, allow_nan=False)[1:-1]]
     members += [f'{json.dumps(name)}: "{to_base64(data)}"' for name, data in images.items()]
     return f"{{{', '.join(members)}}}".encode()
+
+
+@functools.lru_cache(maxsize=32)
+def _url(text: str) -> httpx.URL:
+    """A client asks for the same few again and again."""
+    return httpx.URL(text)
 
 
 class ServerConnection:
@@ -281,7 +288,7 @@ class ServerConnection:
         timeout = httpx.Timeout(timeout_s, connect=min(CONNECT_TIMEOUT_S, timeout_s))
         request = httpx.Request(
             method,
-            self.url + path,
+            _url(self.url + path),
             headers={**self._headers, **body.get("headers", {})},
             content=body.get("content"),
             data=body.get("data"),

@@ -30,6 +30,7 @@ MAX_JSON_ELEMENTS = 20_000
 QUICK_BYTES = 512 * 1024
 QUICK_ELEMENTS = 200
 """JSON up to both, such as two camera frames and some fields, is parsed sooner than handed to a thread and back."""
+_ELEMENT_MARKS = (b",", b"[", b"{")
 MAX_PARTS = 64
 MAX_PROBLEMS = 20
 _FIELD_NAME_CHARS = 64
@@ -73,7 +74,7 @@ async def parse_body(headers: Headers, body: bytes, model: type[M], *, forms: bo
     if kind == "application/json":
         if charset not in ("", "utf-8", "utf8", "us-ascii"):
             raise UnsupportedMediaType("JSON is accepted in UTF-8 only")
-        if len(body) <= QUICK_BYTES and _elements(body) <= QUICK_ELEMENTS:
+        if len(body) <= QUICK_BYTES and _has_few_elements(body):
             return _validated(body, model)
         return await asyncio.to_thread(parse_json, body, model)
     if forms and kind == "multipart/form-data":
@@ -103,7 +104,18 @@ def parse_json(body: bytes, model: type[M]) -> M:
 
 
 def _elements(body: bytes) -> int:
-    return body.count(b",") + body.count(b"[") + body.count(b"{")
+    return sum(map(body.count, _ELEMENT_MARKS))
+
+
+def _has_few_elements(body: bytes) -> bool:
+    """Whether there are at most QUICK_ELEMENTS; searching passes over a picture far sooner than counting does."""
+    found = 0
+    for mark in _ELEMENT_MARKS:
+        at = body.find(mark)
+        while at >= 0 and found <= QUICK_ELEMENTS:
+            found += 1
+            at = body.find(mark, at + 1)
+    return found <= QUICK_ELEMENTS
 
 
 def _validated(body: bytes, model: type[M]) -> M:

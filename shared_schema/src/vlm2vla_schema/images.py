@@ -21,6 +21,8 @@ from vlm2vla_schema.errors import ImageError
 
 if platform.machine() != "aarch64":
     import cykooz_resizer as fast  # Rust's fast_image_resize
+
+    _LANCZOS = fast.ResizeOptions(resize_alg=fast.ResizeAlg.convolution(fast.FilterType.lanczos3))
 else:  # Linux on ARM, for which it is not built
     fast = None
 
@@ -61,17 +63,13 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]
         ImageError: another format, more than `max_pixels`, truncated or damaged data, or more than 8 bits a channel.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            if image.width * image.height > max_pixels:
-                size = f"{image.width} x {image.height}"
-                raise ImageError(f"the image has {size} pixels; at most {max_pixels} are accepted")
-            if image.mode not in _EIGHT_BIT_MODES:
-                raise ImageError(f"the image has mode {image.mode}; expected 8 bits a channel")
-            _check_complete(data, image)
-            if image.format == "JPEG" and image.mode in ("RGB", "L"):
-                # The same libjpeg-turbo and the same bits as Pillow's, straight into an array.
-                pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
-            else:
+        pixels = _decode_jpeg(data, max_pixels) if data.startswith(b"\xff\xd8") else None
+        if pixels is None:
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                _check_size(image.width, image.height, max_pixels)
+                if image.mode not in _EIGHT_BIT_MODES:
+                    raise ImageError(f"the image has mode {image.mode}; expected 8 bits a channel")
+                _check_complete(data, image.format)
                 pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"), dtype=np.uint8)
     except ImageError:
         raise
@@ -82,11 +80,27 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]
     return _checked(pixels)
 
 
-def _check_complete(data: bytes, image: Image.Image) -> None:
+def _decode_jpeg(data: bytes, max_pixels: int) -> NDArray[np.uint8] | None:
+    """The same libjpeg-turbo and the same bits as Pillow's, straight into an array; None for colours left to Pillow."""
+    height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    _check_size(width, height, max_pixels)
+    _check_complete(data, "JPEG")
+    if colours not in ("YCbCr", "Gray", "RGB"):
+        return None
+    pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
+    return pixels
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise ImageError(f"the image has {width} x {height} pixels; at most {max_pixels} are accepted")
+
+
+def _check_complete(data: bytes, kind: str | None) -> None:
     """Refuse what the decoders let pass: files cut between the last pixel and the end mark, and endless JPEG scans."""
-    if image.format == "PNG":
+    if kind == "PNG":
         complete = data.rfind(b"IEND\xaeB`\x82") >= 0
-    elif image.format == "WEBP":
+    elif kind == "WEBP":
         complete = len(data) >= 8 + int.from_bytes(data[4:8], "little")
     else:
         # A few bytes make one more scan over all pixels, so small files can keep a decoder busy for hours.
@@ -116,8 +130,7 @@ def _lanczos(rgb: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint
     # In buffers of its own: Pillow's pictures it would read by the layout of their C structures.
     source = fast.ImageData(rgb.shape[1], rgb.shape[0], fast.PixelType.U8x3, rgb.tobytes())
     resized = fast.ImageData(width, height, fast.PixelType.U8x3)
-    algorithm = fast.ResizeAlg.convolution(fast.FilterType.lanczos3)
-    fast.Resizer().resize(source, resized, fast.ResizeOptions(resize_alg=algorithm))
+    fast.Resizer().resize(source, resized, _LANCZOS)
     return np.frombuffer(resized.get_buffer(), dtype=np.uint8).reshape(height, width, 3).copy()
 
 
