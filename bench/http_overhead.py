@@ -9,7 +9,9 @@ once; the same at a GPU's pace (--prefill-ms, --token-ms); with --model, the rea
 at p50 with the small picture of the twin's model, and the streamed first row of a four-row chunk in at most half of
 the whole chunk's time. Exit code 1 and `missed` say what did not hold; `load_average` says how busy the machine was.
 A real model's own time scatters, so the difference of two calls does too: `overhead_error_ms` is the standard error of
-its median, and more --requests make it smaller.
+its median, and more --requests make it smaller. `outside_engine_ms` does not scatter: of one request over HTTP what the
+server did not spend in its engine. Where the error is above a millisecond, it is judged by that, with what the paced
+double, whose error is small, takes longer in its engine over HTTP than directly (`judged_ms`).
 """
 
 from __future__ import annotations
@@ -44,6 +46,8 @@ from vlm2vla_twin.physics import World
 
 LIMIT_MS = 8.0
 LIMIT_FIRST_ROW = 0.5
+MAX_ERROR_MS = 1.0
+PACED = "double_paced"
 ROWS = 4
 DEADLINE_S = 60.0
 WARM_UP = 5
@@ -73,7 +77,7 @@ def median_error(values: Sequence[float]) -> float:
 
 def overhead(connection: ServerConnection, jpeg: bytes, seeds: Sequence[int]) -> dict[str, Any]:
     """Each seed once over HTTP and once directly, the order changing from one to the next."""
-    http, direct, extra, preprocess, parse = [], [], [], [], []
+    http, direct, extra, outside, preprocess, parse = [], [], [], [], [], []
     for number, seed in enumerate(seeds):
         fields = {**FIELDS, "seed": seed}
         answers: dict[str, dict[str, Any]] = {}
@@ -89,6 +93,8 @@ def overhead(connection: ServerConnection, jpeg: bytes, seeds: Sequence[int]) ->
         direct.append(answers["direct"]["ms"])
         extra.append(took_ms - direct[-1])
         timing = answers["http"]["timing_ms"]
+        in_engine_ms = timing["generate"] + answers["direct"]["preprocess_ms"]  # of the same prompt
+        outside.append(took_ms - in_engine_ms)
         preprocess.append(timing["preprocess"])
         parse.append(timing.get("parse", 0.0))
     return {
@@ -97,6 +103,7 @@ def overhead(connection: ServerConnection, jpeg: bytes, seeds: Sequence[int]) ->
         "direct_ms": shares(direct),
         "overhead_ms": shares(extra),
         "overhead_error_ms": median_error(extra),
+        "outside_engine_ms": shares(outside),
         "server_preprocess_ms": shares(preprocess),
         "server_parse_ms": shares(parse),
         "ratio_p50": round(shares(http)["p50"] / max(shares(direct)["p50"], 1e-9), 4),
@@ -174,18 +181,26 @@ def measure(door: Door, folder: Path, jpeg: bytes, requests: int) -> dict[str, A
 def doors(options: argparse.Namespace) -> dict[str, Door]:
     """The servers to measure, by name."""
     pace = {"prefill_s": options.prefill_ms / 1000, "token_s": options.token_ms / 1000}
-    found = {"double_at_once": Door(), "double_paced": Door(**pace), "double_at_once_896px": Door(image_size=896)}
+    found = {"double_at_once": Door(), PACED: Door(**pace), "double_at_once_896px": Door(image_size=896)}
     if options.model:
         adapter = options.adapter.partition("=")[2] if options.adapter else None
         found["model"] = Door(model=options.model, adapter=adapter)
     return found
 
 
+def judged_ms(found: dict[str, Any], paced: dict[str, Any]) -> float:
+    """The overhead at p50: as measured where that is certain, else composed of the two parts that are."""
+    if found["overhead_error_ms"] <= MAX_ERROR_MS:
+        return float(found["overhead_ms"]["p50"])
+    inside = paced["overhead_ms"]["p50"] - paced["outside_engine_ms"]["p50"]
+    return round(float(found["outside_engine_ms"]["p50"] + inside), 3)
+
+
 def missed_musts(figures: dict[str, Any]) -> list[str]:
     """What did not hold, in words."""
     missed = []
     for name, found in figures.items():
-        over = found["overhead_ms"]["p50"]
+        over = found["judged_ms"]
         if over > LIMIT_MS and not name.endswith("px"):
             missed.append(f"{name}: overhead {over} ms at p50, limit {LIMIT_MS}")
         ratio = found["streamed"].get("ratio")
@@ -212,6 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, door in doors(options).items():
             requests = min(options.requests, options.paced_requests) if door.token_s else options.requests
             figures[name] = measure(door, Path(scratch) / name, jpeg, requests)
+            figures[name]["judged_ms"] = judged_ms(figures[name], figures.get(PACED, figures[name]))
             loads.append(os.getloadavg()[0])
             print(f"{name}: {json.dumps(figures[name])}", file=sys.stderr, flush=True)
     missed = missed_musts(figures)

@@ -39,6 +39,7 @@ def test_a_request_is_measured_beside_the_engine_alone(bench: Any, tmp_path: Pat
     assert figures["http_ms"]["p50"] > figures["direct_ms"]["p50"] > 0.0
     assert figures["http_ms"]["p50"] > figures["server_preprocess_ms"]["p50"] > 0.0
     assert figures["overhead_ms"]["p50"] > 0.0
+    assert 0.0 < figures["outside_engine_ms"]["p50"] < figures["http_ms"]["p50"]
     assert cost["client"] > 0.0
     assert cost["server"] > 0.0
 
@@ -58,12 +59,20 @@ def test_the_first_of_four_rows_comes_in_the_first_half(bench: Any, tmp_path: Pa
 
 
 def test_what_is_missed_is_named(bench: Any) -> None:
-    good = {"overhead_ms": {"p50": 7.9}, "streamed": {"ratio": {"p50": 0.49}}}
-    slow = {"overhead_ms": {"p50": 8.1}, "streamed": {"ratio": {"p50": 0.51}}}
+    good = {"judged_ms": 7.9, "streamed": {"ratio": {"p50": 0.49}}}
+    slow = {"judged_ms": 8.1, "streamed": {"ratio": {"p50": 0.51}}}
     assert bench.missed_musts({"double_paced": good}) == []
     assert [line.split(":")[0] for line in bench.missed_musts({"double_paced": slow})] == ["double_paced"] * 2
     assert bench.missed_musts({"model": {**good, "streamed": {"chunks": 0}}}) == []
     assert json.dumps(bench.shares([1.0, 2.0, 3.0])) == '{"p10": 1.2, "p50": 2.0, "p95": 2.9, "p99": 2.98}'
+
+
+def test_an_uncertain_overhead_is_composed_of_what_is_certain(bench: Any) -> None:
+    paced = {"overhead_ms": {"p50": 7.0}, "overhead_error_ms": 0.2, "outside_engine_ms": {"p50": 6.5}}
+    model = {"overhead_ms": {"p50": 2.0}, "overhead_error_ms": 6.0, "outside_engine_ms": {"p50": 7.25}}
+    assert bench.judged_ms(paced, paced) == 7.0
+    assert bench.judged_ms(model, paced) == 7.75
+    assert bench.judged_ms({**model, "overhead_error_ms": 0.9}, paced) == 2.0
 
 
 def test_the_error_of_a_median_falls_with_the_number_of_pairs(bench: Any) -> None:

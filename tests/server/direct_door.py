@@ -89,12 +89,14 @@ class DirectDoor:
         assert asked.temperature is not None and asked.seed is not None
         limits = (TOP_P_POLICY, asked.seed, asked.max_tokens or stage.max_tokens)
         request = GenerationRequest((image,), stage.prompt, self._adapter, asked.temperature, *limits, stage.grammar)
-        pieces = []
+        pieces, preprocess_ms = [], 0.0
         began_s = time.perf_counter()
         async for delta in self._engine.generate(request):
             pieces.append(delta.text)
+            preprocess_ms = delta.preprocess_ms
         took_ms = (time.perf_counter() - began_s) * 1000.0
-        return {"ms": took_ms, "text": "".join(pieces), "cpu_s": time.process_time()}
+        text = "".join(pieces)
+        return {"ms": took_ms, "preprocess_ms": preprocess_ms, "text": text, "cpu_s": time.process_time()}
 
 
 def _parts(door: Door, folder: Path) -> tuple[Settings, Engine]:
