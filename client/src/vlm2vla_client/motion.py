@@ -61,7 +61,7 @@ class Leg:
 
 @dataclass(frozen=True, eq=False)
 class UnderWay:
-    """A substep that the arm is doing: of ``leg``, from ``from_m`` to ``target``, until ``ends_s``."""
+    """A substep that the arm is doing: of ``leg``, from ``from_m`` [3] to ``target``, until ``ends_s`` of the clock."""
 
     leg: Leg
     from_m: FloatArray
@@ -69,7 +69,7 @@ class UnderWay:
     ends_s: float
 
     def coming(self, state: RobotState, now_s: float) -> RobotState:
-        """The state to expect when it has ended; ``state`` itself when it has.
+        """The state to expect when it has ended, from the one measured at ``now_s``; that one itself when it has.
 
         The arm is taken to move evenly, and to be as far beside its target then as it is beside its way now.
         """
@@ -78,11 +78,11 @@ class UnderWay:
         left = min((self.ends_s - now_s) / self.leg.step_s, 1.0)
         here_m = np.asarray(state.ee_position_m)
         there_m = here_m + left * (self.target.position_m - self.from_m)
-        arms, rotation = np.asarray(state.finger_tips_m) - here_m, np.asarray(state.ee_rotation)
+        to_tips_m, rotation = np.asarray(state.finger_tips_m) - here_m, np.asarray(state.ee_rotation)
         if self.leg.turned_rad.any():
             turn = rotation_of(self.leg.turned_rad * (left / self.leg.steps))
-            arms, rotation = arms @ turn.T, turn @ rotation
-        return replace(state, ee_position_m=there_m, ee_rotation=rotation, finger_tips_m=there_m + arms)
+            to_tips_m, rotation = to_tips_m @ turn.T, turn @ rotation
+        return replace(state, ee_position_m=there_m, ee_rotation=rotation, finger_tips_m=there_m + to_tips_m)
 
 
 @dataclass(frozen=True, eq=False)
